@@ -1,0 +1,163 @@
+"""Make tests/data/mini_hi: everyday Hindi sentences spoken by espeak-ng, in Common Voice's folder layout.
+
+    python tests/make_mini_hi.py            # needs the espeak-ng program (apt install espeak-ng); about 2 minutes
+
+    train.tsv  1,400 clips   11 voices x 2 settings of pitch and speed
+    dev.tsv       80 clips   the same voices
+    test.tsv     240 clips   half by the same voices, half by two voices heard nowhere else
+
+A template grammar gives sentences of 3-7 words from about 160 word forms. Every sentence is drawn once, so none of dev or
+test stands in train. It is then written the way people write: numbers as words or as digits, words with two accepted
+spellings in either, with danda, question mark and commas. What was said does not settle how it is written, so
+the word error rate means something only after normalization: that is what the corpus is for.
+
+The speech is synthetic. A model that reads it well has learned espeak-ng's Hindi, not people's.
+The same espeak-ng and libsndfile give the same bytes: made with espeak-ng 1.51, libsndfile 1.2.2.
+"""
+import csv
+import io
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+FOLDER = Path(__file__).parent / "data" / "mini_hi"
+SPLITS = {"train": 1400, "dev": 80, "test": 240}
+MAX_SECONDS, MAX_TOKENS = 2.95, 60
+VOICES = ["hi", *(f"hi+m{i}" for i in (1, 2, 3, 4, 5, 7)), *(f"hi+f{i}" for i in (1, 2, 3, 4))]
+UNHEARD = ["hi+m6", "hi+f5"]                      # only in half of test
+SETTINGS = [(45, 165), (58, 185)]                 # espeak-ng's pitch (0-99) and speed (words a minute)
+
+HE = ["राम", "मोहन", "राहुल", "अमित", "मेरा भाई", "उसका दोस्त", "वह लड़का"]
+SHE = ["सीता", "रीना", "मीरा", "नेहा", "मेरी बहन", "उसकी दोस्त", "वह लड़की"]
+NAMES = HE[:4] + SHE[:4]
+PLACE = ["घर", "बाज़ार", "स्कूल", "दुकान", "बगीचे", "गाँव", "शहर", "दफ़्तर", "अस्पताल", "स्टेशन"]
+TIME = ["आज", "अभी", "रोज़", "सुबह", "शाम को", "रात को", "रविवार को", "सोमवार को"]
+EAT = ["चावल", "रोटी", "दाल", "सब्ज़ी", "फल", "मिठाई", "आम"]
+DRINK = ["दूध", "चाय", "पानी", "लस्सी"]
+NUMBER = {"दो": 2, "तीन": 3, "चार": 4, "पाँच": 5, "सात": 7, "आठ": 8, "दस": 10, "बारह": 12}
+PRICE = {"बीस": 20, "पचास": 50, "सौ": 100, "तीस": 30}
+THINGS_M = ["आम", "फूल", "कपड़े", "जूते", "कमरे", "अख़बार"]                  # masculine plural
+THINGS_F = ["किताबें", "कुर्सियाँ", "गाड़ियाँ", "चाबियाँ", "रोटियाँ", "तस्वीरें"]   # feminine plural
+THING_M = ["कमरा", "पंखा", "अख़बार", "जूता", "फूल", "फ़ोन"]
+THING_F = ["किताब", "कुर्सी", "गाड़ी", "चाबी", "घड़ी", "तस्वीर"]
+LANGUAGE = ["हिंदी", "अंग्रेज़ी", "बंगाली"]
+NUMBERS = {**NUMBER, **PRICE}
+
+# Free spelling variation: the first is drawn as often as the second.
+SPELLINGS = {"हिंदी": "हिन्दी", "बाज़ार": "बाजार", "सब्ज़ी": "सब्जी", "पाँच": "पांच", "गाँव": "गांव", "रुपये": "रुपए",
+             "गई": "गयी", "चाहिए": "चाहिये", "दफ़्तर": "दफ्तर", "फ़ोन": "फोन", "ठंडा": "ठण्डा", "सुंदर": "सुन्दर"}
+
+
+def sentence(rng: random.Random) -> list[str]:
+    """One sentence as a list of spoken words; its last item is the closing mark."""
+    he, she, place, time = rng.choice(HE), rng.choice(SHE), rng.choice(PLACE), rng.choice(TIME)
+    eat, drink, number, price = rng.choice(EAT), rng.choice(DRINK), rng.choice([*NUMBER]), rng.choice([*PRICE])
+    masc, fem = rng.choice([(THING_M, "मेरा"), (THING_M, "उसका")]), rng.choice([(THING_F, "मेरी"), (THING_F, "उसकी")])
+    a_m, a_f = rng.choice(masc[0]), rng.choice(fem[0])
+    many_m, many_f = rng.choice(THINGS_M), rng.choice(THINGS_F)
+    a, b = rng.sample(NAMES, 2)
+    here, there = rng.sample(PLACE, 2)
+    good_m, good_f = rng.choice([("अच्छा", "अच्छी"), ("नया", "नई"), ("पुराना", "पुरानी"), ("सुंदर", "सुंदर"), ("बड़ा", "बड़ी")])
+    language = rng.choice(LANGUAGE)
+    return rng.choice([
+        f"{he} {time} {place} जाता है ।", f"{she} {time} {place} जाती है ।",
+        f"{he} {time} {eat} खाता है ।", f"{she} {time} {eat} खाती है ।",
+        f"{he} {time} {drink} पीता है ।", f"{she} {time} {drink} पीती है ।",
+        f"मुझे {number} {rng.choice([many_m, many_f])} चाहिए ।", f"{rng.choice([a, b])} को {number} {many_f} चाहिए ।",
+        f"यह {a_m} {price} रुपये का है ।", f"यह {a_f} {price} रुपये की है ।",
+        f"{a} , {time} {number} बजे आना ।", f"{b} , {place} में {number} बजे मिलना ।",
+        f"क्या {a} {place} में है ?", f"क्या {time} {place} में {drink} है ?",
+        f"{masc[1]} {a_m} {place} में है ।", f"{fem[1]} {a_f} {place} में है ।",
+        f"{here} {there} से बहुत दूर है ।", f"{here} {there} के पास है ।",
+        f"{a} और {b} {place} में हैं ।", f"आप {time} {place} क्यों जा रहे हैं ?",
+        f"हम {time} {place} में {eat} खाएँगे ।", f"{a} ने {number} {many_m} खरीदे ।", f"{b} ने {number} {many_f} खरीदीं ।",
+        f"{masc[1]} {a_m} बहुत {good_m} है ।", f"{fem[1]} {a_f} बहुत {good_f} है ।",
+        f"{she} कल {place} गई थी ।", f"{he} कल {place} गया था ।",
+        f"क्या आप {language} बोलते हैं ?", f"{a} {place} में {language} पढ़ाती है ।" if a in SHE else f"{a} {place} में {language} पढ़ाता है ।",
+        f"{place} में {number} बड़े पेड़ हैं ।", f"कृपया {rng.choice([a_m, a_f])} {place} में रखिए ।",
+        f"आज {place} में पानी बहुत ठंडा है ।", f"{he} {number} बजे सोता है ।", f"{she} {number} बजे उठती है ।",
+    ]).split()
+
+
+def write(words: list[str], rng: random.Random) -> str:
+    """The words as somebody might write them: digits or number words, either of two spellings, marks attached."""
+    written = []
+    for word in words:
+        if word in NUMBERS and rng.random() < 0.4:
+            word = str(NUMBERS[word])
+        elif word in SPELLINGS and rng.random() < 0.5:
+            word = SPELLINGS[word]
+        written.append(word)
+    return " ".join(written).replace(" ,", ",").replace(" ।", "।").replace(" ?", "?")
+
+
+def speak(text: str, voice: str, pitch: int, speed: int) -> np.ndarray:
+    """espeak-ng's samples at 16 kHz, float64 in -1..1. It speaks 22,050 Hz: drop the spectrum above 8 kHz and go back."""
+    command = ["espeak-ng", "-v", voice, "-p", str(pitch), "-s", str(speed), "--stdout", text]
+    samples, rate = soundfile.read(io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout))
+    n = round(len(samples) * 16000 / rate)
+    return np.fft.irfft(np.fft.rfft(samples)[: n // 2 + 1], n) * (n / len(samples))
+
+
+def fix_serial(ogg: bytes, serial: int) -> bytes:
+    """Ogg pages carry a random stream number; write ours, and each page's checksum anew, so that bytes repeat."""
+    pages = []
+    for page in ogg.split(b"OggS\0")[1:]:
+        page = b"OggS\0" + page[:9] + struct.pack("<I", serial) + page[13:17] + bytes(4) + page[21:]
+        crc = 0
+        for byte in page:                         # CRC-32, polynomial 0x04c11db7, neither reflected nor inverted
+            crc ^= byte << 24
+            for _ in range(8):
+                crc = (crc << 1 ^ 0x04C11DB7 if crc & 0x80000000 else crc << 1) & 0xFFFFFFFF
+        pages.append(page[:22] + struct.pack("<I", crc) + page[26:])
+    return b"".join(pages)
+
+
+def make() -> None:
+    """Draw the sentences, speak them, write clips/ and the three tables; the old folder goes only when all is made."""
+    if shutil.which("espeak-ng") is None:
+        sys.exit("espeak-ng is not installed and nothing else can make the corpus: apt install espeak-ng")
+    from whisper.tokenizer import get_tokenizer
+    tokenizer = get_tokenizer(True, language="hi", task="transcribe")
+    rng, seen, words = random.Random(0), set(), set()
+    new = FOLDER.with_name("mini_hi.new")
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "clips").mkdir(parents=True)
+    serial = 0
+    for split, size in SPLITS.items():
+        rows = []
+        while len(rows) < size:
+            spoken = sentence(rng)
+            if " ".join(spoken) in seen or not 3 <= len([w for w in spoken if w not in "।?,"]) <= 7:
+                continue
+            written = write(spoken, rng)
+            unheard = split == "test" and len(rows) % 2
+            voice, (pitch, speed) = rng.choice(UNHEARD if unheard else VOICES), rng.choice(SETTINGS)
+            samples = speak(" ".join(spoken), voice, pitch, speed)
+            if len(samples) > MAX_SECONDS * 16000 or len(tokenizer.encode(" " + written)) > MAX_TOKENS:
+                continue
+            seen.add(" ".join(spoken))
+            words.update(spoken)
+            name, buffer = f"mini_hi_{serial:05d}.ogg", io.BytesIO()
+            soundfile.write(buffer, samples, 16000, format="OGG", subtype="OPUS", compression_level=1.0)
+            (new / "clips" / name).write_bytes(fix_serial(buffer.getvalue(), serial))
+            rows.append({"client_id": f"{voice}-p{pitch}-s{speed}", "path": name, "sentence": written, "up_votes": 2,
+                         "down_votes": 0, "age": "", "gender": "", "accents": "", "locale": "hi", "segment": ""})
+            serial += 1
+        with open(new / f"{split}.tsv", "w", encoding="utf8", newline="") as file:
+            table = csv.DictWriter(file, rows[0], delimiter="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    new.rename(FOLDER)
+    print(f"{serial} clips, {len(words)} words and marks, in {FOLDER}")
+
+
+if __name__ == "__main__":
+    make()
