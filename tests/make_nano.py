@@ -1,0 +1,88 @@
+"""Make tests/data/nano.pt: a Whisper of 8 million parameters, trained from nothing on tests/data/mini_hi alone.
+
+    python tests/make_nano.py               # 1,800 steps
+
+It is a stock openai-whisper checkpoint ({"dims", "model_state_dict"}): whisper.load_model reads it, whisper.decode decodes with
+it. Its window is 3 s instead of 30, its width 128, its vocabulary the full multilingual one, so everything that
+works on nano works on Whisper-small by the same code. What it knows is mini_hi: synthetic speech, 160 words.
+
+Two things make it learn in minutes. An auxiliary CTC loss on the encoder (thrown away afterwards): without it, attention
+takes far longer to align audio and text. And the tokens that never occur share one embedding row, so that the
+softmax costs 76 rows instead of 51,865 and is still exact (run.py, SharedRows).
+"""
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import whisper
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+
+from run import Clips, SharedRows, augment
+
+DATA = Path(__file__).resolve().parent / "data"
+DIMS = whisper.model.ModelDimensions(80, 150, 128, 4, 3, 51865, 128, 128, 4, 2)
+
+
+def fresh(clips: Clips, seed: int) -> whisper.model.Whisper:
+    """A random model whose unused tokens share one embedding row."""
+    torch.manual_seed(seed)
+    model = whisper.model.Whisper(DIMS)
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)
+    weight = torch.randn(1, DIMS.n_text_state).mul(0.02).repeat(DIMS.n_vocab, 1)
+    used = sorted({token for row in clips.tokens for token in row})
+    weight[used] = torch.randn(len(used), DIMS.n_text_state) * 0.02
+    model.decoder.token_embedding = torch.nn.Embedding.from_pretrained(weight, freeze=False)
+    return model
+
+
+def train(model: whisper.model.Whisper, clips: Clips, steps: int, seed: int, lr: float = 3e-3, batch: int = 16) -> None:
+    """AdamW (0.9, 0.98), 100 steps of warm-up, cosine down to 2%, gradients clipped to 1."""
+    rng = np.random.default_rng(seed)
+    with SharedRows(model) as rows:
+        n_rows = len(rows.log_counts)
+        head = torch.nn.Linear(DIMS.n_audio_state, n_rows + 1)          # CTC over the rows that occur, blank last
+        parameters = [*model.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100) * (
+            0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2))
+        order, bar = [], tqdm(range(steps), disable=None)
+        for _ in bar:
+            if len(order) < batch:
+                order = rng.permutation(len(clips)).tolist()
+            chosen, order = order[:batch], order[batch:]
+            mels, inputs, targets = clips.batch(chosen)
+            audio = model.encoder(augment(mels, rng))
+            loss = rows.loss(inputs, targets, audio)
+            spoken = [torch.tensor(clips.tokens[i][clips.n_start:-1]) for i in chosen]
+            ctc = F.ctc_loss(head(audio).log_softmax(-1).transpose(0, 1), rows.row_of[torch.cat(spoken)],
+                             torch.full((batch,), audio.shape[1]), torch.tensor([*map(len, spoken)]), blank=n_rows)
+            optimizer.zero_grad()
+            (loss + ctc).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix_str(f"loss {loss.item():.3f}  ctc {ctc.item():.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=DATA / "nano.pt")
+    args = parser.parse_args()
+    tokenizer = whisper.tokenizer.get_tokenizer(True, language="hi", task="transcribe")
+    clips = Clips(DATA / "mini_hi", "train", whisper.model.Whisper(DIMS), tokenizer)
+    started, model = time.time(), fresh(clips, args.seed)
+    train(model, clips, args.steps, args.seed)
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    torch.save({"dims": vars(DIMS), "model_state_dict": state}, f"{args.out}.tmp")
+    os.replace(f"{args.out}.tmp", args.out)
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {time.time() - started:.0f} s")
