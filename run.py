@@ -116,19 +116,16 @@ class Clips:
     """One split of a Common Voice folder, made ready for one model."""
 
     def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0):
-        table = folder / f"{split}.tsv"
+        table, window = folder / f"{split}.tsv", model.dims.n_audio_ctx / 50        # seconds
         try:
             with open(table, encoding="utf8", newline="") as file:
                 rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: limit or None]
         except (OSError, UnicodeDecodeError) as error:
             raise Stop(f"{table} cannot be read ({error}); a folder like Common Voice's is needed: train.tsv, "
                        "dev.tsv, test.tsv, clips/") from None
-        if not rows:
-            raise Stop(f"{table} has no rows below its header; give it at least one clip")
-        for n, row in enumerate(rows, 2):
-            if not row.get("path") or row.get("sentence") is None:
-                raise Stop(f"{table}, line {n}, has no path or no sentence (its columns: {', '.join(map(str, rows[0]))}); "
-                           "both are needed, tab-separated, named in the first line")
+        if not rows or not all(row.get("path") and row.get("sentence") is not None for row in rows):
+            raise Stop(f"{table} has {len(rows)} rows with the columns {list(rows[0]) if rows else []}; it needs at least one "
+                       "row, and in each a path and a sentence, tab-separated, named in the first line")
         self.paths = [folder / "clips" / row["path"] for row in rows]
         self.sentences = [row["sentence"].strip() for row in rows]
         start = [*tokenizer.sot_sequence_including_notimestamps]
@@ -136,18 +133,14 @@ class Clips:
         self.tokens = [start + tokenizer.encode(" " + text) + [tokenizer.eot] for text in self.sentences]
         self.n_mels, self.n_frames = model.dims.n_mels, 2 * model.dims.n_audio_ctx
         self.mels: dict[int, torch.Tensor] = {}
-        for path in self.paths:                  # headers only: a broken clip shows now, not after an hour
+        for path, tokens in zip(self.paths, self.tokens):
             try:
-                seconds = soundfile.info(path).duration
+                seconds = soundfile.info(path).duration      # a broken clip shows now, not after an hour
             except (RuntimeError, OSError) as error:
                 raise Stop(f"{path} is no readable audio ({error}); replace it or take its row out of {table}") from None
-            if seconds > self.n_frames * HOP_LENGTH / SAMPLE_RATE:
-                raise Stop(f"{path} lasts {seconds:.1f} s and the model hears {self.n_frames / 100:g} s; cut the clip, "
-                           f"take its row out of {table}, or take another model")
-        longest = max(range(len(rows)), key=lambda i: len(self.tokens[i]))
-        if len(self.tokens[longest]) - 1 > model.dims.n_text_ctx:
-            raise Stop(f"the sentence of {self.paths[longest]} has {len(self.tokens[longest])} tokens and the model "
-                       f"writes {model.dims.n_text_ctx}; take its row out of {table}, or take another model")
+            if seconds > window or len(tokens) - 1 > model.dims.n_text_ctx:
+                raise Stop(f"{path} has {seconds:.1f} s and {len(tokens)} tokens, the model's window is {window:g} s and "
+                           f"{model.dims.n_text_ctx}; take its row out of {table}, or take another model")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -181,60 +174,47 @@ def augment(mels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------- fine-tuning
 
-class SharedRows:
-    """The exact softmax over the whole vocabulary, at the cost of its different rows.
+@contextmanager
+def shared_rows(model: Whisper):
+    """The exact softmax over the whole vocabulary, at the cost of its different rows. Yields the loss and token -> row.
 
     About 75 of nano's 51,865 tokens occur in mini_hi; the others have one embedding row in common, so one logit, and
     n equal logits count as one logit plus log n. Inside the `with`, the model's vocabulary is its different rows;
     afterwards every token has its row back. In a pretrained Whisper all rows differ and nothing changes.
     """
+    decoder, embed = model.decoder, torch.nn.Embedding.from_pretrained
+    weight = decoder.token_embedding.weight.detach()
+    rows, row_of, counts = torch.unique(weight, dim=0, return_inverse=True, return_counts=True)
+    decoder.token_embedding = embed(rows, freeze=False)
 
-    def __init__(self, model: Whisper):
-        self.decoder = model.decoder
+    def loss(inputs: torch.Tensor, targets: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats a token; inputs and targets (B, T) are ids of the full vocabulary."""
+        logits = decoder(row_of[inputs], audio) + counts.to(weight).log()
+        return F.cross_entropy(logits.flatten(0, 1), torch.where(targets < 0, -100, row_of[targets]).flatten())
 
-    def __enter__(self):
-        weight = self.decoder.token_embedding.weight.detach()
-        rows, self.row_of, counts = torch.unique(weight, dim=0, return_inverse=True, return_counts=True)
-        self.log_counts = counts.to(weight).log()
-        self.decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
-        return self
-
-    def __exit__(self, *error):
-        rows = self.decoder.token_embedding.weight.detach()
-        self.decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows[self.row_of], freeze=False)
-
-    def loss(self, inputs: torch.Tensor, targets: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of the decoder, in nats a token, on token ids of the full vocabulary."""
-        logits = self.decoder(self.row_of[inputs], audio) + self.log_counts
-        rows = torch.where(targets < 0, targets, self.row_of[targets.clamp(min=0)])
-        return F.cross_entropy(logits.flatten(0, 1), rows.flatten(), ignore_index=-100)
+    try:
+        yield loss, row_of
+    finally:
+        decoder.token_embedding = embed(decoder.token_embedding.weight.detach()[row_of], freeze=False)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training: its name on the screen, how long, and the learning rate it starts from."""
-    title: str
-    steps: int
-    lr: float
-
-
-def fine_tune(model: Whisper, clips: Clips, phase: Phase, s: Settings, penalty: SparseGroupLasso | None = None):
-    """AdamW on cross-entropy and, if given, the penalty. Block weights that are zero when it starts stay zero."""
+def fine_tune(model: Whisper, clips: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> None:
+    """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero."""
     rng, order, losses, started = np.random.default_rng(s.seed), [], [], time.time()
     zeros = [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
     model.train()
-    with SharedRows(model) as rows:
-        optimizer = torch.optim.AdamW(model.parameters(), phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        warm_up = max(1, min(50, phase.steps // 5))
+    with shared_rows(model) as (cross_entropy, _):
+        optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        warm_up = max(1, min(50, s.steps // 5))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warm_up) * (
-            0.02 + 0.98 * (1 + math.cos(math.pi * step / max(1, phase.steps))) / 2))
-        bar = tqdm(range(phase.steps), phase.title, leave=False, ncols=80, disable=None)
+            0.02 + 0.98 * (1 + math.cos(math.pi * step / max(1, s.steps))) / 2))
+        bar = tqdm(range(s.steps), title, leave=False, ncols=80, disable=None)
         for step in bar:
             while len(order) < s.batch:
                 order += rng.permutation(len(clips)).tolist()
             chosen, order = order[:s.batch], order[s.batch:]
             mels, inputs, targets = (x.to(s.device) for x in clips.batch(chosen))
-            loss = rows.loss(inputs, targets, model.encoder(augment(mels, rng)))
+            loss = cross_entropy(inputs, targets, model.encoder(augment(mels, rng)))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -249,24 +229,29 @@ def fine_tune(model: Whisper, clips: Clips, phase: Phase, s: Settings, penalty: 
             losses.append(loss.item())
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
             if not math.isfinite(losses[-1]):
-                raise Stop(f"the loss is {losses[-1]} at step {step + 1} of {phase.title}; lower --lr, now {s.lr:g}, "
+                raise Stop(f"the loss is {losses[-1]} at step {step + 1} of {title}; lower --lr, now {s.lr:g}, "
                            "or the strengths")
     model.eval()
     loss = f"loss {np.mean(losses[-20:]):.3f}" if losses else "untouched"
-    say(s, f"{phase.title:<22}{phase.steps:>5} steps   lr {phase.lr:.0e}   {loss}   {time.time() - started:5.0f} s")
+    say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}   {time.time() - started:5.0f} s")
+
+
+def recovery(s: Settings) -> Settings:
+    """The second phase as settings of its own."""
+    return replace(s, steps=s.recovery_steps, lr=s.recovery_lr)
 
 
 def tspar(model: Whisper, clips: Clips, s: Settings) -> prune.Plan:
     """The method: fine-tune with the penalty, decide in two passes, remove, recover. Returns what was decided."""
     groups = prune.units(model) if s.groups == "unit" else columns(model)
     penalty = SparseGroupLasso(groups, s.l1_encoder, s.l1_decoder, s.l2_encoder, s.l2_decoder)
-    fine_tune(model, clips, Phase("tspar: fine-tune", s.steps, s.lr), s, penalty)
+    fine_tune(model, clips, s, "tspar: fine-tune", penalty)
     decide = lambda z1: prune.two_pass(model, groups, z1, s.z2)
     plan = prune.target(s.target, decide) if s.target else decide(s.z1)
     prune.remove_(model, plan)
     gone, of = plan.removed()
     say(s, f"{'tspar: two passes':<22}{gone:,} of {of:,} block parameters removed ({gone / of:.1%})")
-    fine_tune(model, clips, Phase("tspar: recover", s.recovery_steps, s.recovery_lr), s)
+    fine_tune(model, clips, recovery(s), "tspar: recover")
     return plan
 
 
@@ -275,7 +260,7 @@ def iterative_magnitude(model: Whisper, clips: Clips, s: Settings, share: float)
     for r in range(s.rounds):
         prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / s.rounds))
         steps = s.recovery_steps * (r + 1) // s.rounds - s.recovery_steps * r // s.rounds
-        fine_tune(model, clips, Phase(f"imp: round {r + 1} of {s.rounds}", steps, s.recovery_lr), s)
+        fine_tune(model, clips, replace(recovery(s), steps=steps), f"imp: round {r + 1} of {s.rounds}")
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -346,12 +331,17 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def side_norms(plan: prune.Plan, side: str) -> tuple[torch.Tensor, float]:
+    """All group norms of one side, and the threshold of pass 1."""
+    names = [name for name in plan.norms if name.startswith(side)]
+    return torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
+
+
 def histogram(plan: prune.Plan, bins: int = 12, width: int = 40) -> str:
     """Group norms of each side as bars of text, with pass 1's threshold where it falls."""
     lines = []
     for side in ("encoder", "decoder"):
-        names = [name for name in plan.norms if name.startswith(side)]
-        norms, cut = torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
+        norms, cut = side_norms(plan, side)
         counts, edges = np.histogram(norms.numpy(), bins)
         lines.append(f"{side}: norms of {len(norms):,} groups, {int((norms < cut).sum()):,} below the cut at {cut:.4f}")
         for count, low, high in zip(counts, edges, edges[1:]):
@@ -375,12 +365,11 @@ def settings(argv: list[str] | None) -> Settings:
             "type": f.type, "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else "X"}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **typed)
     s = Settings(**vars(parser.parse_args(argv)))
-    least = {"batch": 1, "rounds": 1, "z1": -math.inf, "z2": -math.inf}
+    limits = {"batch": (1, math.inf), "rounds": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
     for f in fields(s):
-        value, low = getattr(s, f.name), least.get(f.name, 0)
-        if f.type in (int, float) and not (math.isfinite(value) and value >= low and (f.name != "target" or value < 1)):
-            need = "below 1 and at least 0" if f.name == "target" else f"finite{'' if low < 0 else f' and at least {low}'}"
-            raise Stop(f"--{f.name.replace('_', '-')} is {value}; it must be {need}")
+        value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
+        if f.type in (int, float) and not low <= value < high:         # nan compares false, and is refused too
+            raise Stop(f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
     if s.language not in LANGUAGES:
         raise Stop(f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
     try:
@@ -457,46 +446,39 @@ def write(path: Path, text: str) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def draw(plan: prune.Plan, rows: list[dict], path: Path) -> None:
-    """Group norms with the cuts, and WER against the nonzero weights of the blocks."""
+def draw(plan: prune.Plan, path: Path) -> None:
+    """The histogram as a picture: group norms of each side and the cut of pass 1."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for side, axis in zip(("encoder", "decoder"), axes):
-        names = [name for name in plan.norms if name.startswith(side)]
-        axis.hist(torch.cat([plan.norms[name] for name in names]).numpy(), 50)
-        axis.axvline(plan.cuts[names[0]], color="black", linestyle="--", label="cut of pass 1")
-        axis.set(title=f"{side}: group norms", xlabel="norm / root of size", ylabel="groups")
+        norms, cut = side_norms(plan, side)
+        axis.hist(norms.numpy(), 50)
+        axis.axvline(cut, color="black", linestyle="--", label=f"cut of pass 1: {(norms < cut).double().mean():.0%} below")
+        axis.set(title=f"{side}: {len(norms):,} groups", xlabel="norm / square root of size", ylabel="groups")
         axis.legend()
-    for r in rows:
-        low, high = r["wer_ci95"]
-        axes[2].errorbar(r["block_nonzero"] / 1e6, r["wer"], [[r["wer"] - low], [high - r["wer"]]], fmt="o", label=r["name"])
-    axes[2].set(title="test clips, 95% interval", xlabel="nonzero block weights, millions", ylabel="WER, %", ylim=0)
-    axes[2].legend()
     figure.savefig(path, dpi=120)
 
 
 def bench(model: Whisper, s: Settings) -> None:
-    """Predicted and measured cost of the stock shape and the pruned one; a model not pruned yet loses half its blocks."""
-    dense = prune.expand(model)
-    pruned = model
+    """Predicted and measured cost of stock and pruned shapes; a model in stock shapes loses half its blocks first."""
+    dense, pruned = prune.expand(model), copy.deepcopy(model)
     if flops.parameters(model)["blocks"] == flops.parameters(dense)["blocks"]:
-        pruned = copy.deepcopy(model)
         prune.remove_(pruned, prune.target(s.target or 0.5, lambda z1: prune.two_pass(pruned, z1=z1, z2=None)))
     print(flops.table({"dense": dense, "pruned": pruned}))
+    print(f"\nmeasured on {s.device}, {torch.get_num_threads()} threads; speed-up: dense / pruned, in brackets what FLOPs allow")
+    for batch in (1, 8):
+        mel = torch.randn(batch, model.dims.n_mels, 2 * model.dims.n_audio_ctx, device=s.device)
+        a, b = flops.measure([dense, pruned], mel)
+        for part, work in (("encoder", flops.encoder), ("greedy", lambda m: flops.greedy(m, 4, 24))):
+            size = [flops.memory(m, 27, 4, batch) for m in (dense, pruned)]
+            print(f"batch {batch}  {part}  {1000 * a[part + '_seconds']:8.1f} ms {1000 * b[part + '_seconds']:8.1f} ms   speed-up "
+                  f"{a[part + '_seconds'] / b[part + '_seconds']:.2f} ({work(dense) / work(pruned):.2f})")
 
 
 def run(s: Settings) -> None:
     """The method, top to bottom: load, fine-tune, prune, recover, compare, report."""
-    seconds = {}
-
-    @contextmanager
-    def stage(name: str):
-        started = time.time()
-        yield
-        seconds[name] = round(time.time() - started, 1)
-
     model = load_model(s)
     if s.bench:
         return bench(model, s)
@@ -509,32 +491,37 @@ def run(s: Settings) -> None:
     start_folder(s)
     torch.manual_seed(s.seed)
 
-    with stage("dense"):
-        dense = copy.deepcopy(model)
-        fine_tune(dense, train, Phase("dense: fine-tune", s.steps, s.lr), s)
-        imp = copy.deepcopy(dense)
-        fine_tune(dense, train, Phase("dense: go on", s.recovery_steps, s.recovery_lr), s)
-    with stage("tspar"):
-        pruned = copy.deepcopy(model)
-        plan = tspar(pruned, train, s)
-    with stage("imp"):
-        share = 1 - flops.parameters(pruned)["blocks_nonzero"] / flops.parameters(model)["blocks"]
-        iterative_magnitude(imp, train, s, share)
+    clock = [time.time()]
+    dense = copy.deepcopy(model)
+    fine_tune(dense, train, s, "dense: fine-tune")
+    imp = copy.deepcopy(dense)
+    fine_tune(dense, train, recovery(s), "dense: go on")
+    clock.append(time.time())
+
+    pruned = copy.deepcopy(model)
+    plan = tspar(pruned, train, s)
+    clock.append(time.time())
+
+    left = flops.parameters(pruned)["blocks_nonzero"] / flops.parameters(model)["blocks"]
+    iterative_magnitude(imp, train, s, 1 - left)
+    clock.append(time.time())
+
     models = {"original": model, "dense": dense, "tspar": pruned, "imp": imp}
     for name in ("dense", "tspar", "imp"):
         prune.save(models[name], Path(s.out) / f"{name}.pt")
-    with stage("measure"):
-        rows, texts = compare(models, clips, s)
+    rows, texts = compare(models, clips, s)
+    clock.append(time.time())
 
     say(s, f"\n{histogram(plan)}\n\n{table(rows)}\n")
     for said, heard in list(zip(clips.sentences, texts["tspar"]))[:3]:
         say(s, f"said   {said}\ntspar  {heard}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
+    seconds = dict(zip(("dense", "tspar", "imp", "measure"), np.diff(clock).round(1).tolist()))
     report = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
               "plan": str(plan).split("\n"), "transcripts": texts}
     write(Path(s.out) / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
     if s.plot:
-        draw(plan, rows, Path(s.out) / "plot.png")
+        draw(plan, Path(s.out) / "plot.png")
     say(s, f"\nin {s.out}: report.json, log.txt, dense.pt, tspar.pt, imp.pt   ({sum(seconds.values()):.0f} s)")
 
 
