@@ -193,8 +193,8 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
     scaled = (1 if batch == 1 else 2) * b * S * max(len(block.cross_attn.key.weight) for block in blocks)
     sizes = {"weights": b * sum(p.numel() for p in model.parameters()), "kv_cache": batch * cache}
     for path, decoding in (("fused", step), ("unfused", max(step, scaled))):
-        # At the front, conv1's output and its GELU are live, 2S positions each.
-        encoding = max(4 * features, *(_block_peak(block, S, b, path) for block in model.encoder.blocks))
+        # The convolutions need 4 S d values at most, less than any block.
+        encoding = max(_block_peak(block, S, b, path) for block in model.encoder.blocks)
         sizes |= {f"encoder_{path}": batch * encoding, f"decoder_{path}": batch * decoding,
                   f"peak_{path}": batch * max(encoding, features + cache + decoding)}
     return sizes
@@ -214,7 +214,7 @@ def _block_peak(block: ResidualAttentionBlock, S: int, b: int, path: str) -> int
     attention = b * S * (3 * d + 2 * qk + 2 * v)
     if path == "unfused":
         attention = b * S * (2 * d + 2 * qk + 3 * v) + attn.n_head * S * S * (4 + 4 + cast)
-    norm = S * d * (3 * b + (4 + 4 if cast else 0))
+    norm = S * d * (3 * b + (4 + 4 if cast else 0))         # never the worst when b = 4
     return max(norm, attention, b * S * (3 * d + f + max(f, d)))
 
 
@@ -308,14 +308,12 @@ def _high_water(call: Callable, send) -> None:
         while (block := libc.malloc(size)) and not ctypes.c_size_t.from_address(block - 8).value & 2:
             pass                                        # from the heap, kept; glibc's bit 2 says mapped
         libc.free(block)
-    peaks = []
-    for _ in range(3):                                  # the first fills buffers that the kernels keep
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")                             # VmHWM starts again from VmRSS
-        before = _status("VmRSS")
-        call()
-        peaks.append(_status("VmHWM") - before)
-    send.send(min(peaks[1:]))
+    call()                                              # fills buffers that the kernels keep
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                 # VmHWM starts again from VmRSS
+    before = _status("VmRSS")
+    call()
+    send.send(_status("VmHWM") - before)
 
 
 def _status(field: str) -> int:

@@ -1,7 +1,7 @@
 """Hindi text normalizer for a fair word error rate: two spellings of one word meet, two words never do.
 
-Whisper's BasicTextNormalizer takes vowel signs for punctuation: "हिन्दी में" becomes "ह न द म", and में, मैं and
-माँ all become "म". Here the word stays whole, and its free spellings become one:
+Whisper's BasicTextNormalizer takes vowel signs for punctuation: "हिन्दी में" becomes "ह न द म", and में, मैं
+and माँ all become "म". Here the word stays whole, and its free spellings become one:
 
     >>> normalize("हिन्दी में २५ लोग।"), normalize("हिंदी मेँ पच्चीस लोग")
     ('हिंदी में पच्चीस लोग', 'हिंदी में पच्चीस लोग')
@@ -13,65 +13,73 @@ How Devanagari is stored. A written syllable (akshara) is
     consonant (+ nukta)  (+ virama + consonant)*  + vowel sign (matra)  + bindu, chandrabindu or visarga
     ड़ों is ड, nukta (another sound), ो (the vowel), ं (nasal); न्द is न, virama (no vowel here), द.
 A consonant without a sign carries the vowel a; a vowel that begins a syllable has a letter of its own (अ आ इ).
-One look has many encodings, and Hindi has free choices on top. Order: encoding, numbers, punctuation, spelling,
-words. Each later step relies on the earlier ones, and none of them makes new work for an earlier one.
+One look has many encodings, and Hindi has free choices on top. So the steps are, in this order: encoding,
+numbers, punctuation, spelling, words. Each relies on the earlier ones and makes no new work for them.
 
 Sources: Unicode Standard, ch. 12.1; Google's nisaba, Deva/visual_rewrite.textproto (vowels that look alike);
 Kendriya Hindi Nideshalaya, "Devanagari Script and Standardization of Hindi Spelling" (what is free).
 Our choices: the dot of the five loan letters (ज़) is folded, since writers leave it out freely; ँ and ं are
 folded but for हँस/हंस and अँगना/अंगना; ड़ ढ़, vowel length, ॉ and whether there is a nasal are never touched.
-
 normalize takes any str (lone surrogates too), is idempotent, blind to NFC/NFD, and linear in the length.
 This file is in NFC, as the text its patterns meet: ज़ is two characters, ज and nukta.
 """
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import groupby
 
 CHANDRABINDU, BINDU, VISARGA, NUKTA, VIRAMA = "\u0901", "\u0902", "\u0903", "\u093c", "\u094d"
 LETTER = "\u0904-\u0939\u0958-\u0961\u0972-\u097f"                   # consonants and vowel letters
 MATRA = "\u093a\u093b\u093e-\u094c\u094e\u094f\u0955-\u0957\u0962\u0963"
 SIGN = MATRA + "\u0900-\u0903" + NUKTA + VIRAMA                       # whatever hangs on a letter
 W = r"\u0900-\u0963\w"                     # inside a word; \w alone leaves out the signs: hence "ह न द म"
-END = r"(?!\S)"                            # end of a word, once the text is single-spaced
 
 # ------------------------------------------------------------------ 1. encoding: one way to store a syllable
-INVISIBLE = re.compile(                    # category Cf, variation selectors, grapheme joiner; and the avagraha ऽ
-    "[\u00ad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u093d\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+RARE = re.compile("[^ -~\u0900-\u093c\u093e-\u094f\u0951-\u097f]")      # not ASCII, not plain Devanagari
+# Category Cf, variation selectors, the grapheme joiner; and the avagraha ऽ, which is not spoken
+INVISIBLE = re.compile(
+    "[\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u093d\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f\U000e0100-\U000e01ef]")
-RAISED = re.compile("([\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2080-\u2089\u2150-\u215f\u2189])")
-# After these words ':' is a visarga; after any other it is punctuation (उन्होंने कहा:).
-COLON = re.compile(f":(?<=[{LETTER}{SIGN}]:)(?=[{LETTER}])|(?<![{W}])(छ|अत|पुन|प्राय|क्रमश|अंतत|अन्तत|स्वत|संभवत|"
-                   "सम्भवत|मुख्यत|विशेषत|सामान्यत|मूलत|वस्तुत|फलत|पूर्णत|अनुमानत|प्रात|स्पष्टत|साधारणत|सर्वत|अंशत):")
+RAISED = re.compile("([²³¹¼-¾\u2070-\u2089\u2150-\u215f\u2189])")       # NFKC would make 21/2 of 2½
+MANY_MARKS = re.compile(r"[^\w\s]{40,}")
+# ':' is a visarga between a short vowel and a letter (दु:ख), and after these words; otherwise punctuation
+VISARGA_WORDS = ("छ अत पुन प्राय क्रमश अंतत अन्तत स्वत संभवत सम्भवत मुख्यत विशेषत सामान्यत मूलत वस्तुत "
+                 "फलत पूर्णत अनुमानत प्रात स्पष्टत साधारणत सर्वत अंशत शनै").replace(" ", "|")
+COLON = re.compile(f":(?<=[क-ह{NUKTA}िु]:)(?=[{LETTER}])|(?<![{W}])({VISARGA_WORDS}):")
 ABBREVIATION = re.compile(f"॰|0(?<=[{LETTER}{SIGN}]0)(?!\\d)")
-SIGNS = re.compile(f"([{LETTER}])([{SIGN}]{{2,}})")
-RANK = {NUKTA: 0, VIRAMA: 1, "\u0900": 3, CHANDRABINDU: 3, BINDU: 3, VISARGA: 3}     # a matra ranks 2
+SIGNS = re.compile(f"([{LETTER}])(?=[{SIGN}]{{2}})"                         # two signs, and not in order
+                   f"(?!{NUKTA}?(?:{VIRAMA}|[{MATRA}]?[\u0900-\u0903]?)(?![{SIGN}]))([{SIGN}]+)")
+RANK = {NUKTA: 0, VIRAMA: 1, "\u0900": 3, CHANDRABINDU: 3, BINDU: 3, VISARGA: 3}       # a matra ranks 2
 STRAY_NUKTA = re.compile(f"{NUKTA}(?<![कखगजडढफ]{NUKTA})")
 LOOKALIKE = dict(pair.split("=") for pair in """
     ाे=ो ेा=ो ाै=ौ ैा=ौ ाॅ=ॉ ॅा=ॉ अा=आ अो=ओ आे=ओ अौ=औ आै=औ अॉ=ऑ आॅ=ऑ अॅ=ॲ एॅ=ऍ एे=ऐ उु=ऊ श्रृ=शृ""".split())
 LOOKALIKES = re.compile("|".join(LOOKALIKE))
-REPH_ON_I = re.compile("र्(?<!र्र्)(?:र्)*[इई]")                          # not a chain's middle, or time is quadratic
+REPH_ON_I = re.compile("र्(?<!र्र्)(?:र्)*[इई]")                       # from the chain's start: linear
 MOON_AND_DOT = re.compile(f"ॅ[{CHANDRABINDU}{BINDU}](?<=[{LETTER}{NUKTA}ि-ृ]..)|"
                           f"(ॉ)[{CHANDRABINDU}{BINDU}](?<=[{LETTER}{NUKTA}]..)(?![\u0900-\u0963])")
 
 
-def invisible(text: str) -> str:
-    """Joiners, direction marks and soft hyphens stand inside words: deleted, never a space.
-    >>> invisible("क्\u200dया")
-    'क्या'
-    """
-    return INVISIBLE.sub("", text)
+def _sorted_marks(run: "re.Match[str]") -> str:
+    """unicodedata sorts a run of marks in quadratic time; one that comes sorted takes linear time."""
+    marks = "".join([unicodedata.normalize("NFD", mark) for mark in run[0]])
+    groups = groupby(marks, lambda mark: unicodedata.combining(mark) > 0)
+    return "".join(["".join(sorted(group, key=unicodedata.combining)) for _, group in groups])
 
 
 def one_encoding(text: str) -> str:
-    """NFKC, lower case, ASCII digits, single spaces. NFC keeps ज़ as two characters but makes ऩ one: split too.
-    >>> one_encoding("\u095b") == one_encoding("ज़"), one_encoding("ＡＢ\u00a0 १९"), one_encoding("2½")
-    (True, 'ab 19', '2 1/2')
+    """Nothing invisible (deleted, not spaced: joiners stand inside words), NFKC, lower case, ASCII digits,
+    single spaces. ज़ and ऩ have codes of their own: NFC takes the first apart, puts the second together.
+    >>> one_encoding("क्\u200dया"), one_encoding("\u095b") == "ज\u093c", one_encoding("ＡＢ\u00a0 १½")
+    ('क्या', True, 'ab 1 1/2')
     """
-    for typed, meant in ("´", "'"), ("º", "°"), ("˚", "°"), ("™", " "), ("ॐ", "ओम"):   # NFKC makes º an o
-        text = text.replace(typed, meant)
-    text = unicodedata.normalize("NFKC", RAISED.sub(r" \1", text).lower())
+    if RARE.search(text):
+        text = RAISED.sub(r" \1", INVISIBLE.sub("", text))
+        for typed, meant in ("´", "'"), ("º", "°"), ("˚", "°"), ("™", " "), ("ॐ", "ओम"):    # NFKC makes º an o
+            text = text.replace(typed, meant)
+    if len(text) > 4_000:                                            # a sentence has no room for so many
+        text = MANY_MARKS.sub(_sorted_marks, text)
+    text = unicodedata.normalize("NFKC", text.lower())
     if text != text.lower():                                         # NFKC has made a capital: ℃ is °C
         text = unicodedata.normalize("NFKC", text.lower())
     if "ङ" in text:                                                  # ङ with a vowel is in no Hindi word: लङका
@@ -92,11 +100,8 @@ def typed_signs(text: str) -> str:
 
 
 def _ordered(akshara: "re.Match[str]") -> str:
-    signs = akshara[2]
-    if len(signs) > 2 or RANK.get(signs[0], 2) >= RANK.get(signs[1], 2):        # not simply matra, bindu
-        signs = re.sub(r"(.)\1+", r"\1", "".join(sorted(signs, key=lambda sign: RANK.get(sign, 2))))
-        signs = re.sub(f"[{CHANDRABINDU}{BINDU}]{{2,}}", CHANDRABINDU, signs)
-    return akshara[1] + signs
+    signs = re.sub(r"(.)\1+", r"\1", "".join(sorted(akshara[2], key=lambda sign: RANK.get(sign, 2))))
+    return akshara[1] + re.sub(f"[{CHANDRABINDU}{BINDU}]{{2,}}", CHANDRABINDU, signs)
 
 
 def akshara_order(text: str) -> str:
@@ -108,9 +113,8 @@ def akshara_order(text: str) -> str:
 
 
 def one_vowel(text: str) -> str:
-    """Vowels typed in pieces. One round can ready the next (अ ा ै, आ ै, औ); no chain needs more than three.
-
-    ॅ and ॉ with a dot look like a chandrabindu; but inside a word ॉं can also be a loan (बॉंड), so there it stays.
+    """Vowels typed in pieces: one round can ready the next (अ ा ै, आ ै, औ). And ॅ or ॉ with a dot, which looks
+    like a chandrabindu; but inside a word ॉं can be a loan (बॉंड), so there it stays.
     >>> one_vowel("अ\u093e\u0948र"), one_vowel("लड़ार्इ"), one_vowel("यह\u0949\u0902 ह\u0945\u0902स")
     ('और', 'लड़ाई', 'यहाँ हँस')
     """
@@ -140,7 +144,7 @@ CURRENCIES = {"₹": "रुपये", "रु": "रुपये", "रू": "
               "$": "डॉलर", "€": "यूरो", "£": "पाउंड", "¥": "येन"}
 UNIT_SIGNS = {"%": "प्रतिशत", "°": "डिग्री", "°c": "डिग्री सेल्सियस", "°f": "डिग्री फ़ारेनहाइट"}
 
-_magnitude = f" ?(?:सौ|हज़?ार|लाख|करोड़|अरब|खरब|[मब]िलियन|ट्रिलियन|lakh|crore|[mb]illion|trillion|[mb]n)(?![{W}])"
+_magnitude = f" ?(?:सौ|हज़?ार|लाख|करोड़|अरब|खरब|[मब]िलियन|ट्रिलियन|lakh|crore|(?:m|b|tr)illion|[mb]n)(?![{W}])"
 _figure = r"[0-9][0-9,]*(?:\.[0-9]+)?"
 _amount = f"{_figure}(?: ?[-–—] ?{_figure})?(?:{_magnitude}(?: {_figure}(?={_magnitude}))?)*"
 _again = f"(?:/-)?(?: ?र[ुू]प(?:ये|ए|या)(?![{W}]))?"                  # ₹500/- रुपये says it three times
@@ -167,7 +171,7 @@ def cardinal(n: int) -> str:
 
 
 def _read(figure: str) -> str:
-    """Digits and , . : / between them: 1,00,000 and 100,000 are one number; 1,2,3 is a list, 15.8.1947 a date."""
+    """Digits with , . : / between: 1,00,000 and 100,000 are one number, 1,2,3 is a list, 15.8.1947 a date."""
     whole, _, decimals = figure.partition(".")
     if GROUPED.fullmatch(whole):
         whole = whole.replace(",", "")
@@ -179,7 +183,8 @@ def _read(figure: str) -> str:
         return " ".join(words)
     if "," in figure:
         return " ".join(map(_read, figure.split(",")))
-    return (" बटा " if re.fullmatch("[0-9]+/[0-9]+", figure) else " ").join(map(_read, re.split("[.:/]", figure)))
+    parts = re.split("[.:/]", figure)
+    return (" बटा " if "/" in figure and len(parts) == 2 else " ").join(map(_read, parts))
 
 
 def _number(match: "re.Match[str]") -> str:
@@ -202,19 +207,21 @@ def numbers_in_words(text: str) -> str:
     >>> " ".join(numbers_in_words("5 और 55 7वीं 10:30 बजे ₹2 लाख 1/2 3.14%").split())
     'पाँच और पचपन सातवीं दस बजकर तीस मिनट दो लाख रुपये एक बटा दो तीन दशमलव एक चार प्रतिशत'
     """
+    if not re.search("[0-9]", text):
+        return text
     text = PRICE_BEFORE.sub(lambda m: f"{m[2]} {CURRENCIES[m[1]]} ", text)
     text = PRICE_AFTER.sub(lambda m: f"{m[1]} {CURRENCIES[m[2]]} ", text)
     return NUMBER.sub(_number, re.sub(rf"\.(?=[0-9])(?<![{W}.].)", "0.", text))
 
 
 # ------------------------------------------------------------------ 3. punctuation: a space, never nothing
-LONG_NAMES = "एच एल एम एन एस आर एफ एक्स आई वाई जेड ज़ेड डब्ल्यू डब्लू".split()           # of more than one akshara
+LONG_NAMES = "एच एल एम एन एस आर एफ एक्स आई वाई जेड ज़ेड डब्ल्यू डब्लू".split()         # more than one akshara
 LETTER_NAMES = {*LONG_NAMES, *"ए बी सी डी ई जी जे के ओ पी क्यू टी यू वी".split()}
 _akshara = f"[{LETTER}]{NUKTA}?(?:{VIRAMA}[{LETTER}]{NUKTA}?)*[{MATRA}]?[{CHANDRABINDU}{BINDU}]?"
 _group = f"(?:{'|'.join(LONG_NAMES)}|{_akshara})"
 ACRONYM = re.compile(rf"(?<![{W}.])(?:[a-z](?:\.[a-z])+|{_group}(?:\.{_group})+)\.?(?![{W}])")
 APOSTROPHE = re.compile("['’‘ʼ`](?<=[a-zß-öø-ɏ].)(?=[a-zß-öø-ɏ])")
-PUNCTUATION = re.compile("[^ \u0900-\u0963\\w]|_")
+PUNCTUATION = re.compile("[^ \u0900-\u0963\\w]")
 
 
 def _acronym(match: "re.Match[str]") -> str:
@@ -231,148 +238,138 @@ def acronyms(text: str) -> str:
     return ACRONYM.sub(_acronym, text) if re.search(rf"\.(?=[{W}])", text) else text
 
 
-def _space(match: "re.Match[str]") -> str:
-    category = unicodedata.category(match[0])
-    return " " if category[0] in "PSZ" or category in ("Cc", "Me") else match[0]
-
-
 def punctuation(text: str) -> str:
     """Punctuation and symbols separate words; only an apostrophe in a Latin word goes without a trace.
-    >>> punctuation("राम,श्याम (धीरे-धीरे) don’t।")
-    'राम श्याम धीरे धीरे dont'
+    >>> punctuation("राम,श्याम (धीरे-धीरे) don’t।").split()
+    ['राम', 'श्याम', 'धीरे', 'धीरे', 'dont']
     """
-    return " ".join(PUNCTUATION.sub(_space, APOSTROPHE.sub("", text)).split())
+    def separate(match: "re.Match[str]") -> str:
+        return match[0] if unicodedata.category(match[0]) in ("Mn", "Mc") else " "   # signs of any script
+    return PUNCTUATION.sub(separate, APOSTROPHE.sub("", text.replace("_", " ")))
 
 
 # ------------------------------------------------------------------ 4. spelling: free choices get one form
 LOAN_NUKTA = re.compile(f"{NUKTA}(?<=[कखगजफ]{NUKTA})")
 STEMS = {"दुःख": "दुख", "चिन्ह": "चिह्न", "ब्रम्ह": "ब्रह्म", "उज्जवल": "उज्ज्वल",
          "अंतर्राष्ट्र": "अंतरराष्ट्र", "अन्तर्राष्ट्र": "अन्तरराष्ट्र"}
-FORMS = {"एवम्": "एवं", "स्वयम्": "स्वयं", "कौवा": "कौआ", "कौवे": "कौए", "कौवों": "कौओं",
-         "रूपया": "रुपया", "रूपये": "रुपये", "रूपए": "रुपए", "रूपयों": "रुपयों"}
+FORMS = dict(pair.split("=") for pair in """एवम्=एवं एवम=एवं स्वयम्=स्वयं स्वयम=स्वयं कौवा=कौआ कौवे=कौए
+    कौवों=कौओं रूपया=रुपया रूपये=रुपये रूपए=रुपए रूपयों=रुपयों""".split())
 VISARGA_SIBILANT = re.compile(f"{VISARGA}(?<=[{LETTER}{MATRA}{NUKTA}].)(?=([शस]))")
-SHORTENED = re.compile(f"ई(?=या[ँं]{END}|यो[ँं]{END})|ी(?=या[ँं]{END})")
+LONG_I = re.compile(f"(ई)(?=या[ँं]$|यो[ँं]$)|ी(?=या[ँं]$)")
 NASAL = re.compile("(?:ङ्(?=[क-घ])|ञ्(?=[च-झ])|ण्(?=[ट-ढ])|न्(?=[च-झट-ढत-ध])|म्(?=[प-भ]))"
-                   f"(?<=[{LETTER}{MATRA}{NUKTA}]..)(?<!ॅ..)")       # a dot needs a vowel, and ॅ has no room for one
+                   f"(?<=[{LETTER}{MATRA}{NUKTA}]..)(?<!ॅ..)")       # the dot needs a vowel with room for it
 DOUBLED = re.compile("र्(?:([क-ह])्(?=\\1)|"                           # and stop + its aspirate: र्द्ध
                      "क्(?=ख)|ग्(?=घ)|च्(?=छ)|ज्(?=झ)|ट्(?=ठ)|ड्(?=ढ)|त्(?=थ)|द्(?=ध)|प्(?=फ)|ब्(?=भ))+")
-DOUBLED_T = re.compile("त्(?<!त्त्)(?:त्)+(?=व)")                       # from the chain's start: linear
+DOUBLED_T = re.compile("त्(?<!त्त्)(?:त्)+(?=व)")                    # from the chain's start: linear
 CHANDRABINDU_TELLS = {"हँस", "अँगना"}           # laugh, courtyard; हंस is a swan, अंगना a woman
-GLIDE = re.compile(f"य([ेी])(?=[ँं]?(?:ग[ाीे])?{END})(?<=[\u0900-\u0963]य.)(?<!{VIRAMA}य.)")
+GLIDE = re.compile(f"य([ेी])(?=[ँं]?(?:ग[ाीे])?$)(?<=[\u0900-\u0963]य.)(?<!{VIRAMA}य.)")
 GLIDE_IN_STEM = {"दायी", "जयी", "मयी"}          # giving, victorious, full of; दाई is a midwife, जई oats, मई May
 
 
-def nukta(text: str) -> str:
+def nukta(word: str) -> str:
     """The dot of the five loan letters क़ ख़ ग़ ज़ फ़ is left out freely. ड़ and ढ़ are sounds of their own.
-    >>> nukta("सब्ज़ी लड़की")
-    'सब्जी लड़की'
+    >>> nukta("सब्ज़ी"), nukta("लड़की")
+    ('सब्जी', 'लड़की')
     """
-    return LOAN_NUKTA.sub("", text)
+    return LOAN_NUKTA.sub("", word)
 
 
-def lexical(text: str) -> str:
+def lexical(word: str) -> str:
     """A closed list of words printed in two ways; and visarga before a sibilant is that sibilant, doubled.
-    >>> lexical("दुःखी चिन्ह एवम् रूपये दवाईयाँ निःसंदेह")
-    'दुखी चिह्न एवं रुपये दवाइयाँ निस्संदेह'
+    >>> [lexical(word) for word in "दुःखी चिन्ह एवम् रूपये दवाईयाँ निःसंदेह".split()]
+    ['दुखी', 'चिह्न', 'एवं', 'रुपये', 'दवाइयाँ', 'निस्संदेह']
     """
     for wrong, right in STEMS.items():
-        text = text.replace(wrong, right)
-    text = SHORTENED.sub(lambda m: {"ई": "इ", "ी": "ि"}[m[0]], VISARGA_SIBILANT.sub(r"\1" + VIRAMA, text))
-    return " ".join([FORMS.get(word, word) for word in text.split(" ")])
+        word = word.replace(wrong, right)
+    word = VISARGA_SIBILANT.sub(r"\1" + VIRAMA, word)
+    return FORMS.get(word) or LONG_I.sub(lambda m: "इ" if m[1] else "ि", word)
 
 
-def virama(text: str) -> str:
+def virama(word: str) -> str:
     """Sanskrit marks a final consonant; Hindi does not speak a final a anyway. Inside words: never.
-    >>> virama("परिषद् सत्य")
-    'परिषद सत्य'
+    >>> virama("परिषद्"), virama("सत्य")
+    ('परिषद', 'सत्य')
     """
-    words = [word if word.endswith("ङ" + VIRAMA) else word.rstrip(VIRAMA) for word in text.split(" ")]
-    return " ".join(filter(None, words))
+    return word if word.endswith("ङ" + VIRAMA) else word.rstrip(VIRAMA)
 
 
-def nasal(text: str) -> str:
-    """Before a stop of its own row, a nasal consonant may be written as a dot on the vowel before.
-
-    Five rows of stops, five nasals: ङ् क-घ, ञ् च-झ, ण् ट-ढ, न् त-ध, म् प-भ; loans write न् for ञ् and ण् too.
-    Before another nasal, य र ल व श स or ह there is no choice: जन्म, अन्य, सम्मान.
-    >>> nasal("हिन्दी गङ्गा दिसम्बर इन्टरनेट जन्म")
-    'हिंदी गंगा दिसंबर इंटरनेट जन्म'
+def nasal(word: str) -> str:
+    """Before a stop of its own row, a nasal consonant may be written as a dot on the vowel: ङ् क-घ, ञ् च-झ,
+    ण् ट-ढ, न् त-ध, म् प-भ; loans write न् for ञ् and ण् too. Before another nasal, य र ल व श स ह: never.
+    >>> [nasal(word) for word in "हिन्दी गङ्गा दिसम्बर इन्टरनेट जन्म".split()]
+    ['हिंदी', 'गंगा', 'दिसंबर', 'इंटरनेट', 'जन्म']
     """
-    return NASAL.sub(BINDU, text)
+    return NASAL.sub(BINDU, word)
 
 
-def doubled(text: str) -> str:
+def doubled(word: str) -> str:
     """After र् a consonant may be doubled without a change of sound; and त्त्व is spoken त्व.
-    >>> doubled("कर्त्तव्य अर्द्ध महत्त्व पत्ता")
-    'कर्तव्य अर्ध महत्व पत्ता'
+    >>> [doubled(word) for word in "कर्त्तव्य अर्द्ध महत्त्व पत्ता".split()]
+    ['कर्तव्य', 'अर्ध', 'महत्व', 'पत्ता']
     """
-    return DOUBLED.sub("र्", DOUBLED_T.sub("त्", text))
+    return DOUBLED.sub("र्", DOUBLED_T.sub("त्", word))
 
 
-def chandrabindu(text: str) -> str:
-    """ँ and ं are used for each other, save where they tell two words apart. Whether there is one is never free.
-    >>> chandrabindu("माँ हँसना हँस")
-    'मां हंसना हँस'
+def chandrabindu(word: str) -> str:
+    """ँ and ं are used for each other, save where they tell two words apart. That there is one is never free.
+    >>> chandrabindu("माँ"), chandrabindu("हँसना"), chandrabindu("हँस")
+    ('मां', 'हंसना', 'हँस')
     """
-    return " ".join([word if word in CHANDRABINDU_TELLS else word.replace(CHANDRABINDU, BINDU)
-                     for word in text.split(" ")])
+    return word if word in CHANDRABINDU_TELLS else word.replace(CHANDRABINDU, BINDU)
 
 
-def glide(text: str) -> str:
+def glide(word: str) -> str:
     """Final ये यी यें यीं येगा after a vowel: this य is a glide and need not be written. ये is a word.
-    >>> glide("गयी नये जायेगा ये दायी")
-    'गई नए जाएगा ये दायी'
+    >>> [glide(word) for word in "गयी नये जायेगा ये दायी".split()]
+    ['गई', 'नए', 'जाएगा', 'ये', 'दायी']
     """
-    return " ".join([word if word in GLIDE_IN_STEM else GLIDE.sub(lambda m: {"े": "ए", "ी": "ई"}[m[1]], word)
-                     if "य" in word else word for word in text.split(" ")])
+    return word if word in GLIDE_IN_STEM else GLIDE.sub(lambda m: {"े": "ए", "ी": "ई"}[m[1]], word)
 
 
 # ------------------------------------------------------------------ 5. words: number words, pronoun and case
-_oblique = "उस इस किस जिस उन इन किन जिन आप सब "
-JOINS = {case: set(words.split()) for cases, words in (
-    ("का के की", _oblique), ("को से में पर", _oblique + "हम तुम मुझ तुझ"),
-    ("ने", _oblique + "हम तुम मैं तू उन्हों इन्हों किन्हों जिन्हों"), ("कि", "जब क्यों हालाँ हालां चूँ चूं")) for case in cases.split()}
+_oblique = "उस इस किस जिस उन इन किन जिन आप"
+JOINS = {**dict.fromkeys(("का", "के", "की"), set(_oblique.split())),
+         **dict.fromkeys(("को", "से", "में", "पर"), set(f"{_oblique} हम तुम मुझ तुझ".split())),
+         "ने": set(f"{_oblique} हम तुम मैं तू उन्हों इन्हों किन्हों जिन्हों".split()),
+         "कि": {"जब", "क्यों", "हालाँ", "हालां", "चूँ", "चूं"}}
 
 
-@lru_cache(maxsize=None)                                             # one entry per combination of flags
-def _number_tables(folds: tuple) -> "tuple[dict, dict]":
-    """Other spelling -> canonical, and उन्नीस -> एक हज़ार नौ सौ (19 hundred), folded as the text was."""
-    def fold(phrase: str) -> str:
-        for step in folds:
-            phrase = step(phrase)
-        return phrase
-    spelling = {fold(form + suffix): fold(entry[0] + suffix) for entry in UNITS + [["हज़ार", "हजार"]]
-                for form in entry for suffix in ("", "वाँ", "वां", "वीं", "वें")}
-    return spelling, {fold(UNITS[n][0]): fold(cardinal(100 * n)) for n in range(11, 100)}
-
-
-def number_spelling(text: str, folds: tuple = ()) -> str:
-    """One spelling for each number word, one reading for each year: उन्नीस सौ is एक हज़ार नौ सौ.
-    >>> number_spelling("सताइस लोग उन्नीस सौ दो में")
+def number_words(words: "list[str]", spelling: dict, hundreds: dict) -> "list[str]":
+    """One spelling for each number word, and one reading for each year: उन्नीस सौ is एक हज़ार नौ सौ.
+    >>> " ".join(number_words("सताइस लोग उन्नीस सौ दो में".split(), *_speller(())[1:]))
     'सत्ताईस लोग एक हज़ार नौ सौ दो में'
     """
-    spelling, hundreds = _number_tables(folds)
-    words = [spelling.get(word, word) for word in text.split(" ")]
+    words = [spelling.get(word, word) for word in words]
     for i, word in enumerate(words):
         if word == "सौ" and words[i - 1] in hundreds and i:
             words[i - 1:i + 1] = hundreds[words[i - 1]], ""
-    return " ".join(filter(None, words))
+    return [word for word in words if word]
 
 
-def join_words(text: str) -> str:
+def join_words(words: "list[str]") -> "list[str]":
     """An oblique pronoun and its case marker are printed as one word or as two; so are four words with कि.
-    >>> join_words("उस ने पी ली क्यों कि")
+    >>> " ".join(join_words("उस ने पी ली क्यों कि".split()))
     'उसने पी ली क्योंकि'
     """
-    words = text.split(" ")
     for i, word in enumerate(words):
         if word in JOINS and i and words[i - 1] in JOINS[word]:
             words[i - 1:i + 1] = words[i - 1] + word, ""
-    return " ".join(filter(None, words))
+    return [word for word in words if word]
 
 
-ENCODING = invisible, one_encoding, typed_signs, akshara_order, one_vowel
-SPELLING = nukta, lexical, virama, nasal, doubled, chandrabindu, glide
+@lru_cache(maxsize=None)                                             # one entry per combination of flags
+def _speller(steps: tuple) -> tuple:
+    """Part 4 as one function that remembers 2**15 words; and number words and 11 to 99 सौ in its spelling."""
+    @lru_cache(maxsize=2**15)
+    def spell(word: str) -> str:
+        for step in steps:
+            word = step(word)
+        return word
+    numbers = {spell(form + suffix): spell(entry[0] + suffix) for entry in UNITS + [["हज़ार", "हजार"]]
+               for form in entry for suffix in ("", "वाँ", "वां", "वीं", "वें")}
+    numbers.update({spell("छठ" + suffix): spell("छह" + suffix) for suffix in ("वाँ", "वीं", "वें")})
+    hundreds = {spell(UNITS[n][0]): " ".join(map(spell, cardinal(100 * n).split())) for n in range(11, 100)}
+    return spell, numbers, hundreds
 
 
 def normalize(text: str, *, numbers: bool = True, nukta: bool = True, lexical: bool = True, virama: bool = True,
@@ -385,16 +382,18 @@ def normalize(text: str, *, numbers: bool = True, nukta: bool = True, lexical: b
     Raises TypeError if text is not a str.
     """
     if not isinstance(text, str):
-        raise TypeError(f"normalize takes a str, got {type(text).__name__}: decode bytes, pass lists one by one")
-    for step in ENCODING:
-        text = step(text)
+        raise TypeError(f"normalize takes a str, got {type(text).__name__}: decode bytes, loop over a list")
+    flags = nukta, lexical, virama, nasal, doubled, chandrabindu, glide
+    spell, *number_tables = _speller(tuple(step for step, on in zip(SPELLING, flags) if on))
+    text = one_vowel(akshara_order(typed_signs(one_encoding(text))))
     if numbers:
         text = numbers_in_words(text)
-    text = punctuation(acronyms(text))
-    flags = nukta, lexical, virama, nasal, doubled, chandrabindu, glide
-    folds = tuple(step for step, on in zip(SPELLING, flags) if on)
-    for step in folds:
-        text = step(text)
+    words = [spell(word) if len(word) < 50 else spell.__wrapped__(word)     # too long to remember
+             for word in punctuation(acronyms(text)).split()]
+    words = [word for word in words if word]
     if numbers:
-        text = number_spelling(text, folds)
-    return join_words(text) if join else text
+        words = number_words(words, *number_tables)
+    return " ".join(join_words(words) if join else words)
+
+
+SPELLING = nukta, lexical, virama, nasal, doubled, chandrabindu, glide

@@ -139,7 +139,7 @@ def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, h
     """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high.
 
     target(0.5, lambda z1: two_pass(model, z1=z1)) fixes the size, which two_pass leaves to the weights. Sizes
-    go in steps; the nearest plan met is returned, its removed() says what it reached. Raises ValueError if the
+    go in steps: the nearest plan met is returned, its removed() says which it is. Raises ValueError if the
     share is not between what low and high remove."""
     plans, reached = [plan_at(low), plan_at(high)], lambda plan: plan.removed()[0] / plan.removed()[1]
     least, most = map(reached, plans)
@@ -259,9 +259,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
             if rows % attn.n_head or name not in heads and rows != attn.out.out_features:
                 raise ValueError(f"no head count that fits {name}")
         _align(model, checkpoint.get("alignment_heads") or model.alignment_heads.indices().T.tolist())
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
-                         f"write it with prune.save ({type(error).__name__}: {error})") from error
+                         f"write it with prune.save ({type(e).__name__}: {e})") from e
     return model.to(device)
 
 
@@ -369,13 +369,13 @@ def _pass2(model: Whisper, keep: dict[str, Tensor], z2: float) -> dict[str, list
     pass2, members = {}, [(p, axis, mask) for name, mask in keep.items() for p, axis in _members(name)]
     for name, linear in _modules(model, nn.Linear):
         masks = {axis: mask for p, axis, mask in members if p == f"{name}.weight"}
-        w = linear.weight.detach()
+        w = linear.weight.detach().float().abs()
         for axis, mask in masks.items():
             w = w.index_select(axis, mask.nonzero().flatten().to(w.device))
         if masks:
-            w = w.float().abs()
-            mean, square = w.double().mean().item(), w.double().square().mean().item()
-            std = max(square - mean ** 2, 0.0) ** 0.5        # many times faster than Tensor.std
+            mean = w.mean(dtype=torch.float64).item()
+            norm = torch.linalg.vector_norm(w, dtype=torch.float64).item()
+            std = max(norm ** 2 / w.numel() - mean ** 2, 0.0) ** 0.5       # many times faster than Tensor.std
             cut = mean + z2 * std
             pass2[name] = [mean, std, cut, int(torch.count_nonzero(w >= cut)), w.numel()]
     return pass2

@@ -467,14 +467,18 @@ def bench(model: Whisper, s: Settings) -> None:
     if flops.parameters(model)["blocks"] == flops.parameters(dense)["blocks"]:
         prune.remove_(pruned, prune.target(s.target or 0.5, lambda z1: prune.two_pass(pruned, z1=z1, z2=None)))
     print(flops.table({"dense": dense, "pruned": pruned}))
-    print(f"\nmeasured on {s.device}, {torch.get_num_threads()} threads; speed-up: dense / pruned, in brackets what FLOPs allow")
+    print(f"\nMeasured on {s.device}, {torch.get_num_threads()} threads; in brackets what FLOPs and formulas predict\n"
+          "batch part     dense ms  pruned ms      speed-up      dense MB        pruned MB")
     for batch in (1, 8):
         mel = torch.randn(batch, model.dims.n_mels, 2 * model.dims.n_audio_ctx, device=s.device)
-        a, b = flops.measure([dense, pruned], mel)
+        measured = flops.measure([dense, pruned], mel)
+        predicted = [flops.memory(m, 27, 4, batch, n_prompt=4) for m in (dense, pruned)]
         for part, work in (("encoder", flops.encoder), ("greedy", lambda m: flops.greedy(m, 4, 24))):
-            size = [flops.memory(m, 27, 4, batch) for m in (dense, pruned)]
-            print(f"batch {batch}  {part}  {1000 * a[part + '_seconds']:8.1f} ms {1000 * b[part + '_seconds']:8.1f} ms   speed-up "
-                  f"{a[part + '_seconds'] / b[part + '_seconds']:.2f} ({work(dense) / work(pruned):.2f})")
+            ms = [1000 * row[f"{part}_seconds"] for row in measured]
+            mb = [(row[f"{part}_peak"] or 0) / 1e6 for row in measured]
+            said = [(row["encoder_fused"] if part == "encoder" else row["kv_cache"] + row["decoder_fused"]) / 1e6 for row in predicted]
+            print(f"{batch:5} {part:<8}{ms[0]:9.1f}{ms[1]:11.1f}{ms[0] / ms[1]:7.2f} ({work(dense) / work(pruned):.2f})"
+                  f"{mb[0]:9.1f} ({said[0]:5.1f}){mb[1]:8.1f} ({said[1]:5.1f})")
 
 
 def run(s: Settings) -> None:

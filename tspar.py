@@ -30,11 +30,11 @@ of it. `prox_` after optimizer.step() lands on zero. Use one or the other, not b
 The proximal step under Adam. Adam moves w to v = w - lr * m / D, with D = sqrt(v_hat) + eps for each entry.
 That is argmin_u m.u + (u - w).D(u - w) / (2 lr): a Newton step with D for the Hessian. Adding R(u) makes it a
 proximal Newton step, and completing the square leaves argmin_u (u - v).D(u - v) / (2 lr) + R(u). The L1 part
-alone would be elementwise; with the norm there is no closed form. So in each group D becomes one number,
+alone would be elementwise; with the norm there is no closed form. So each group gets one number for D,
 
-    d_j = rms of D over g_j,    step_j = lr / d_j,    g_j <- (3) with strengths step_j * l1, step_j * l2  (4)
+    d_j = rms of sqrt(v_hat) over g_j, + eps;    step_j = lr / d_j;    (3) with step_j * l1, step_j * l2  (4)
 
-exact where D is constant over the group. What this gives up: training rests where m_i * d_j / D_i, not m_i,
+exact where v_hat is constant over the group. What this gives up: training rests where m_i * d_j / D_i, not m_i,
 balances (2), so within a group weights with larger gradients are held down more than (1) says, the others
 less. ProxGen solves the diagonal L1 problem exactly, RAMDA the group problem by an inner loop. Two things to
 know: a group that gets no gradient has d_j = eps and is zero after one step, so begin after a warm-up if a
@@ -117,6 +117,7 @@ def prox_(group: Group, l1: float, l2: float) -> None:
     """Equation (3), in place: soft-threshold by l1, then group soft-threshold by l2 * sqrt(size).
 
     Arguments as in `penalty`, in units of weight: after a gradient step of length t pass t * l1 and t * l2.
+    Half precision rounds the result: a threshold below half the spacing at w changes nothing.
     """
     _check(group, l1, l2)
     w, axis = group[0]
@@ -226,17 +227,19 @@ def _others(w: Tensor, axis: int) -> list[int]:
 
 def _along(x: Tensor, w: Tensor, axis: int) -> Tensor:
     """x, one number per group, to broadcast along `axis` of w; in w's dtype, or torch would copy w to x's."""
-    return x.clamp(max=torch.finfo(w.dtype).max).to(w.dtype).view([-1 if d == axis else 1 for d in range(w.ndim)])
+    x = x.clamp(max=torch.finfo(w.dtype).max).to(w.dtype)
+    return x.view([-1 if d == axis else 1 for d in range(w.ndim)])
 
 
-def _squares(x: Tensor, axis: int) -> Tensor:
-    """||.||^2 of each index along `axis`; overwrites x. (For columns vector_norm is far slower on a CPU.)"""
-    return x.square_().unsqueeze(-1).sum(dim=_others(x, axis))
+def _sum(x: Tensor, axis: int) -> Tensor:
+    """The sum over every axis but `axis`."""
+    return x.unsqueeze(-1).sum(dim=_others(x, axis), dtype=_wide(x))
 
 
 def _norms(group: Group) -> Tensor:
-    """||g_j|| for every j, without a graph."""
-    return sum(_squares(w.to(_wide(w), copy=True), axis) for w, axis in group).sqrt()
+    """||g_j|| for every j, without a graph: so not with vector_norm, far slower on the columns of a CPU."""
+    squares = (w.square() if w.dtype == _wide(w) else w.to(_wide(w)).square_() for w, _ in group)
+    return sum(_sum(square, axis) for square, (_, axis) in zip(squares, group)).sqrt()
 
 
 def _add_gradient_(group: Group, out: list[Tensor | None], l1: float, l2: float) -> None:
@@ -256,7 +259,7 @@ def _shrink_(group: Group, l1: float, l2: float, step: Tensor) -> None:
     if l1:
         for w, axis in group:
             t = _along(l1 * step, w, axis)
-            w.sub_(w.clamp(-t, t))  # S(w, t); exactly 0 where |w| <= t
+            w.sub_(w.clamp(min=-t).clamp_(max=t))  # S(w, t), exactly 0 where |w| <= t
     if l2:
         norms, t = _norms(group), l2 * _size(group) ** 0.5 * step
         keep = torch.where(norms > t, 1 - t / norms, 0.0)
@@ -268,14 +271,15 @@ def _step(group: Group, options: list[dict], states: dict) -> Tensor | None:
     """step_j of equation (4), as 1 / rms of D / lr: members may differ in lr. None if one has not moved."""
     total = 0.0  # sum of (D / lr)^2 over g_j, for every j
     for (w, axis), option in zip(group, options):
-        lr, state = float(option["lr"]), states.get(w, {})  # lr = 0 makes the step 0
+        lr, state, size = float(option["lr"]), states.get(w, {}), _size([(w, axis)])
         if "betas" not in option:  # SGD
             lr *= (1 - option["dampening"]) / (1 - option["momentum"]) if option["momentum"] else 1
-            D = torch.ones_like(w, dtype=_wide(w))
+            D = torch.ones(w.shape[axis], dtype=_wide(w), device=w.device)
         elif "exp_avg_sq" in state:
-            v = state["max_exp_avg_sq" if option["amsgrad"] else "exp_avg_sq"].to(_wide(w))
-            D = (v / (1 - option["betas"][1] ** float(state["step"]))).sqrt_().add_(option["eps"])
+            v = state["max_exp_avg_sq" if option["amsgrad"] else "exp_avg_sq"]
+            v_hat = _sum(v, axis) / (size * (1 - option["betas"][1] ** float(state["step"])))
+            D = v_hat.sqrt() + option["eps"]
         else:
             return None
-        total = total + _squares(D, axis) / lr ** 2
+        total = total + size * (D / lr) ** 2  # lr = 0 makes the step 0
     return (_size(group) / total).sqrt()

@@ -3,7 +3,9 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -21,9 +23,9 @@ def dims(d, heads, encoder_layers, decoder_layers, n_mels=80, n_vocab=51865):
 
 
 # The published dimensions of openai-whisper's checkpoints.
-DIMS = {"tiny.en": dims(384, 6, 4, 4, n_vocab=51864), "tiny": dims(384, 6, 4, 4), "base": dims(512, 8, 6, 6),
-        "small": dims(768, 12, 12, 12), "medium": dims(1024, 16, 24, 24), "large-v2": dims(1280, 20, 32, 32),
-        "large-v3": dims(1280, 20, 32, 32, 128, 51866), "turbo": dims(1280, 20, 32, 4, 128, 51866)}
+DIMS = {"tiny": dims(384, 6, 4, 4), "base": dims(512, 8, 6, 6), "small": dims(768, 12, 12, 12),
+        "medium": dims(1024, 16, 24, 24), "large-v3": dims(1280, 20, 32, 32, 128, 51866),
+        "turbo": dims(1280, 20, 32, 4, 128, 51866)}
 # Small enough for arithmetic by hand: S 3, M 2, d 4, f 16, V 5, one block on each side.
 TOY = ModelDimensions(2, 3, 4, 1, 1, 5, 6, 4, 1, 1)
 
@@ -156,6 +158,18 @@ def test_half_precision_memory_by_hand():
     assert size["decoder_fused"] == 6 * 51865
 
 
+def test_half_precision_norm_by_hand():
+    """With every feed-forward cut to 8 neurons LayerNorm leads: 3 halves and 2 floats, 14 bytes per value."""
+    model = on_meta(DIMS["tiny"])
+    with model.device:
+        for block in model.encoder.blocks:
+            block.attn.query, block.attn.key = Linear(384, 8), Linear(384, 8, bias=False)
+            block.attn.value, block.attn.out = Linear(384, 8), Linear(8, 384)
+            block.mlp[0], block.mlp[2] = Linear(384, 8), Linear(8, 384)
+    assert flops.memory(model, 27, 2)["encoder_fused"] == 14 * 1500 * 384
+    assert flops.memory(model, 27, 4)["encoder_fused"] == 4 * 1500 * (4 * 384 + 8)
+
+
 def test_prompt_memory_by_hand():
     """A prompt of 4 holds 4 rows of logits, when 23 of 27 positions are not yet in the cache."""
     model = on_meta(DIMS["tiny"])
@@ -207,7 +221,7 @@ def test_parameters_equal_the_modules():
         assert count["encoder_blocks"] == size["encoder.blocks"]
         assert count["decoder_blocks"] == size["decoder.blocks"]
         assert count["blocks"] == size["encoder.blocks"] + size["decoder.blocks"]
-    assert count["total"] == 1_543_490_560
+    assert count["total"] == 1_541_570_560
     assert count["nonzero"] is count["blocks_nonzero"] is count["embedding_nonzero"] is None     # on meta
     dense = Whisper(TOY)
     assert flops.parameters(dense)["nonzero"] == sum(int((p != 0).sum()) for p in dense.parameters())
@@ -243,18 +257,18 @@ def test_table():
         for parameter in model.parameters():
             nn.init.ones_(parameter)
     block = pruned.encoder.blocks[0]
-    block.mlp[0], block.mlp[2] = Linear(4, 8), Linear(8, 4)         # the encoder's 376 parameters less 72
-    nn.init.zeros_(zeroed.decoder.blocks[0].mlp[0].weight)          # 64 of the decoder's 360
+    block.mlp[0], block.mlp[2] = Linear(4, 8), Linear(8, 4)         # the encoder's 328 parameters less 72
+    nn.init.zeros_(zeroed.decoder.blocks[0].mlp[0].weight)          # 64 of the decoder's 356
     text = flops.table({"dense": dense, "pruned": pruned, "zeroed": zeroed}, n_prompt=2, n_new=3)
     assert max(map(len, text.splitlines())) < 80
     rows = [line.split() for line in text.splitlines()]
     at = {name: i for i, (name, *_) in enumerate(rows) if name in ("dense", "pruned", "zeroed")}
-    assert rows[at["dense"] + 1] == ["encoder", "376", "0.0%", "0.0%", "0.000", "+0.0%"]
-    assert rows[at["pruned"] + 1] == ["encoder", "304", "19.1%", "0.0%", "0.000", "-20.5%"]
-    assert rows[at["pruned"] + 2] == ["decoder", "360", "0.0%", "0.0%", "0.000", "+0.0%"]
-    assert rows[at["zeroed"] + 1] == ["encoder", "376", "0.0%", "0.0%", "0.000", "+0.0%"]
-    assert rows[at["zeroed"] + 2] == ["decoder", "360", "0.0%", "17.8%", "0.000", "+0.0%"]
-    assert rows[at["zeroed"] + 4] == ["total", "756", "0.0%", "8.5%", "0.000", "+0.0%"]
+    assert rows[at["dense"] + 1] == ["encoder", "328", "0.0%", "0.0%", "0.000", "+0.0%"]
+    assert rows[at["pruned"] + 1] == ["encoder", "256", "22.0%", "0.0%", "0.000", "-20.5%"]
+    assert rows[at["pruned"] + 2] == ["decoder", "356", "0.0%", "0.0%", "0.000", "+0.0%"]
+    assert rows[at["zeroed"] + 1] == ["encoder", "328", "0.0%", "0.0%", "0.000", "+0.0%"]
+    assert rows[at["zeroed"] + 2] == ["decoder", "356", "0.0%", "18.0%", "0.000", "+0.0%"]
+    assert rows[at["zeroed"] + 4] == ["total", "704", "0.0%", "9.1%", "0.000", "+0.0%"]
 
 
 def test_table_of_a_real_size():
@@ -276,11 +290,11 @@ def test_equal_to_torch(name):
         assert counted(lambda: model.encoder(windows(model))) == flops.encoder(model)
         for n in (1, 27, 448):
             assert counted(lambda: model.decoder(tokens(model, n), features(model))) == flops.decoder(model, n)
-        assert counted(lambda: decode(model, 4, 3)) == flops.greedy(model, 4, 3)
+        assert counted(lambda: decode(model, 4, 2)) == flops.greedy(model, 4, 2)
     assert counted(lambda: model(windows(model), tokens(model, 27)).sum().backward()) == flops.training(model, 27)
 
 
-@pytest.mark.parametrize("name, seed", [("tiny", 0), ("tiny", 1), ("base", 2), ("small", 3), ("turbo", 4)])
+@pytest.mark.parametrize("name, seed", [("tiny", 0), ("tiny", 1), ("base", 2)])
 def test_equal_to_torch_when_ragged(name, seed):
     """The same for models whose every matrix has its own size, some of them reading only some inputs."""
     model = ragged(on_meta(DIMS[name]), seed)
@@ -288,16 +302,16 @@ def test_equal_to_torch_when_ragged(name, seed):
         assert counted(lambda: model.encoder(windows(model))) == flops.encoder(model)
         for n in (1, 27, 448):
             assert counted(lambda: model.decoder(tokens(model, n), features(model))) == flops.decoder(model, n)
-        assert counted(lambda: decode(model, 4, 8)) == flops.greedy(model, 4, 8)
+        assert counted(lambda: decode(model, 4, 2)) == flops.greedy(model, 4, 2)
     assert counted(lambda: model(windows(model), tokens(model, 27)).sum().backward()) == flops.training(model, 27)
 
 
 def test_long_greedy_equal_to_torch():
-    """24 and 200 new tokens on tiny, dense and ragged, and a prompt of one."""
-    for model in (on_meta(DIMS["tiny"]), ragged(on_meta(DIMS["tiny"]), 5)):
+    """A prompt of 4 and 12 new tokens, or of one and 8, or no step at all: dense and ragged."""
+    for model, n_prompt, n_new in ((on_meta(DIMS["tiny"]), 4, 12), (ragged(on_meta(DIMS["tiny"]), 5), 1, 8),
+                                   (on_meta(DIMS["tiny"]), 27, 1)):
         with torch.no_grad():
-            for n_prompt, n_new in ((4, 24), (1, 200), (27, 1)):
-                assert counted(lambda: decode(model, n_prompt, n_new)) == flops.greedy(model, n_prompt, n_new)
+            assert counted(lambda: decode(model, n_prompt, n_new)) == flops.greedy(model, n_prompt, n_new)
 
 
 def test_equal_to_torch_unfused(monkeypatch):
@@ -313,7 +327,8 @@ def test_sparse_storage_equals_torch_csr():
     layer = nn.Linear(33, 17, bias=False)
     with torch.no_grad():
         layer.weight[torch.rand(17, 33) < 0.7] = 0
-    csr = layer.weight.detach().to_sparse_csr()
+    with warnings.catch_warnings(action="ignore", category=UserWarning):        # "beta state"
+        csr = layer.weight.detach().to_sparse_csr()
     held = csr.values().numel() + csr.col_indices().numel() + csr.crow_indices().numel()
     assert flops.sparse_storage(layer, 4)["csr"] == 4 * held
 
@@ -358,29 +373,32 @@ def test_shares_of_what_is_not_counted(name, shares, monkeypatch):
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is read from /proc")
 
 
-def within_5_percent(model: Whisper, batch: int = 1, repeats: int = 1) -> None:
-    for fused in (True, False):
-        with mock.patch.object(MultiHeadAttention, "use_sdpa", fused):
-            mel = torch.randn(batch, 80, 3000, generator=torch.Generator().manual_seed(0))
-            measured = flops.measure(model, mel, n_prompt=4, n_new=5, repeats=repeats)
-        path, size = "fused" if fused else "unfused", flops.memory(model, 8, 4, batch, n_prompt=4)
-        assert measured["encoder_peak"] == pytest.approx(size[f"encoder_{path}"], rel=0.05)
-        assert measured["greedy_peak"] == pytest.approx(size["kv_cache"] + size[f"decoder_{path}"], rel=0.05)
+def within_5_percent(model: Whisper, batch: int) -> None:
+    """Encoder and greedy decoding (8 positions, 4 of them given), attention fused and not."""
+    mel, audio = torch.randn(batch, 80, 3000), torch.randn(batch, 1500, model.dims.n_audio_state)
+    size = flops.memory(model, 8, 4, batch, n_prompt=4)
+    calls = {"encoder": (partial(model.encoder, mel), 0),
+             "decoder": (partial(flops._decode, model, audio, 4, 5), size["kv_cache"])}
+    for path in ("fused", "unfused"):
+        for side, (call, cache) in calls.items():
+            with mock.patch.object(MultiHeadAttention, "use_sdpa", path == "fused"), torch.inference_mode():
+                measured = flops._peak(call, mel.device)
+            assert measured == pytest.approx(cache + size[f"{side}_{path}"], rel=0.05), (side, path)
 
 
 @linux_only
 @pytest.mark.parametrize("name", ["tiny", "base"])
 def test_peak_activations_against_the_process(name):
-    """Encoder and greedy decoding, fused and unfused: within 5% of the process's high-water mark."""
+    """The formulas are within 5% of the process's high-water mark."""
     torch.manual_seed(0)
-    within_5_percent(Whisper(DIMS[name]).eval())
+    within_5_percent(Whisper(DIMS[name]), batch=1)
 
 
 @linux_only
 def test_peak_activations_of_a_pruned_model():
     """A ragged tiny (query/key and value widths equal, as fused kernels want), two windows at once."""
     torch.manual_seed(0)
-    within_5_percent(ragged(Whisper(DIMS["tiny"]).eval(), 7, equal_widths=True), batch=2)
+    within_5_percent(ragged(Whisper(DIMS["tiny"]), 7, equal_widths=True), batch=2)
 
 
 def test_measure_does_the_work_that_greedy_counts(monkeypatch):
@@ -394,6 +412,15 @@ def test_measure_does_the_work_that_greedy_counts(monkeypatch):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_measure_of_one_and_of_several():
+    """A dict for a model, a list for a list, each with the six figures; on Linux the peaks are there."""
+    model, keys = Whisper(TOY), ["batch", "device", "encoder_peak", "encoder_seconds", "greedy_peak",
+                                 "greedy_seconds", "threads"]
+    one, several = (flops.measure(given, torch.zeros(1, 2, 6), 2, 3, repeats=1) for given in (model, [model]))
+    assert sorted(one) == keys and isinstance(several, list) and sorted(several[0]) == keys
+    assert one["encoder_seconds"] > 0 and (one["encoder_peak"] is not None) == (sys.platform == "linux")
+
+
 def test_measure_takes_turns(monkeypatch):
     """Two models: A, B, A, B, A, B, each result the median of its own times, a list for a list."""
     order, clock = [], iter([1.0, 9.0, 3.0, 7.0, 2.0, 8.0] * 2)
@@ -405,7 +432,6 @@ def test_measure_takes_turns(monkeypatch):
     assert [call.args[0] for call in order[6:]] == [a, b] * 3
     assert [(one["encoder_seconds"], one["greedy_seconds"]) for one in found] == [(2.0, 2.0), (8.0, 8.0)]
     assert found[0]["batch"] == 2 and found[0]["threads"] == torch.get_num_threads() and found[0]["device"] == "cpu"
-    assert isinstance(flops.measure([a], torch.zeros(1, 2, 6), 1, 1, repeats=1), list)
 
 
 # ------------------------------------------------------------------------------- alone, and bad input

@@ -234,7 +234,7 @@ def test_critical_strength_of_one_group():
 
 
 def test_critical_strength_of_a_regression():
-    """Past max_j ||S(X_j'y, l1)|| / sqrt(size) the solution is exactly zero; at 0.95 of it one group is left."""
+    """Past max_j ||S(X_j'y, l1)|| / sqrt(size) the solution is exactly zero; at 0.95 one group is left."""
     rng = torch.Generator().manual_seed(0)
     X, y = torch.randn(50, 13, generator=rng, dtype=torch.float64).split([12, 1], dim=1)
     y = y[:, 0]
@@ -327,7 +327,7 @@ def test_prox_satisfies_the_subdifferential():
 
 
 def design(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lesson's truth, (40 groups, 5 weights), and b = X'y of y = X truth + noise, 200 columns orthonormal."""
+    """Truth, (40 groups, 5 weights), and b = X'y for y = X truth + noise, 200 columns orthonormal."""
     rng = torch.Generator().manual_seed(seed)
     truth = torch.zeros(40, 5, dtype=torch.float64)
     truth[0], truth[1, :2] = torch.tensor([1., -1., 1., -1., 1.]), torch.tensor([2., -2.])
@@ -421,7 +421,7 @@ def test_only_the_proximal_step_makes_zeros_under_adam():
     (torch.optim.AdamW, {"foreach": True, "eps": 1e-2}), (torch.optim.SGD, {}),
     (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5})])
 def test_step_length_by_loops(kind, options):
-    """Equation (4), one g_j at a time: D of every entry, its rms over the group, and the one-group prox."""
+    """Equation (4), one g_j at a time: rms of sqrt(v_hat) + eps over lr, and the prox with its inverse."""
     group = random_group()
     lrs = [0.1, 0.2, 0.1, 0.1]  # the bias of the group has its own
     optimizer = kind([{"params": [w], "lr": lr} for (w, _), lr in zip(group, lrs)], lr=0.1, **options)
@@ -432,17 +432,19 @@ def test_step_length_by_loops(kind, options):
         optimizer.step()
     before = pieces(group)
     D = []
-    for (w, _), lr in zip(group, lrs):
+    for (w, axis), lr in zip(group, lrs):
         state = optimizer.state[w]
         if kind is torch.optim.SGD:
-            D.append(torch.ones_like(w) / (lr if not options else lr * 0.5 / 0.1))
+            D.append(torch.ones_like(w) / (lr * 0.5 / 0.1 if options else lr))
         else:
             beta, eps = optimizer.defaults["betas"][1], optimizer.defaults["eps"]
-            v = state["max_exp_avg_sq"] if optimizer.defaults["amsgrad"] else state["exp_avg_sq"]
-            D.append(((v / (1 - beta ** 3)).sqrt() + eps) / lr)
+            v_hat = state["max_exp_avg_sq" if optimizer.defaults["amsgrad"] else "exp_avg_sq"] / (1 - beta ** 3)
+            D.append(torch.empty_like(w))
+            for j in range(w.shape[axis]):
+                D[-1].select(axis, j).fill_((v_hat.select(axis, j).mean().sqrt() + eps) / lr)
     l1, l2 = 0.5, 0.25
     tspar.SparseGroupLasso({"decoder.g": group}, 9, l1, 9, l2).prox_(optimizer)
-    for v, d, w in zip(before, pieces(group, D), pieces(group)):
+    for v, d, w in zip(before, pieces(group, [d.detach() for d in D]), pieces(group)):
         step = 1 / d.square().mean().sqrt().item()
         z = soft(v, step * l1)
         expected = z * max(0, 1 - step * l2 * len(v) ** 0.5 / max(z.norm().item(), 1e-30))
@@ -507,7 +509,8 @@ def test_a_group_without_gradient_goes_at_once():
 
 def test_columns():
     """Every nn.Linear once, by the layer's name, columns along axis 1; a shared weight under its first name."""
-    net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(3, 5), nn.Conv1d(3, 3, 1)), "tied": nn.Linear(3, 5)})
+    net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(3, 5), nn.Conv1d(3, 3, 1)),
+                         "tied": nn.Linear(3, 5)})
     net["tied"].weight = net["encoder"][0].weight
     groups = tspar.columns(net)
     assert list(groups) == ["encoder.0"]
@@ -524,8 +527,9 @@ def test_columns_of_whisper():
 
 
 BAD_GROUPS = {
-    "axis": [(torch.ones(2, 3), 2)], "negative axis": [(torch.ones(2, 3), -1)], "scalar": [(torch.tensor(1.), 0)],
-    "unequal": [(torch.ones(2, 3), 0), (torch.ones(2, 3), 1)], "empty": [], "twice": 2 * [(torch.ones(2, 2), 0)]}
+    "axis": [(torch.ones(2, 3), 2)], "negative axis": [(torch.ones(2, 3), -1)],
+    "scalar": [(torch.tensor(1.), 0)], "unequal": [(torch.ones(2, 3), 0), (torch.ones(2, 3), 1)],
+    "empty": [], "twice": 2 * [(torch.ones(2, 2), 0)]}
 
 
 @pytest.mark.parametrize("group", BAD_GROUPS.values(), ids=BAD_GROUPS)
