@@ -150,6 +150,18 @@ def test_memory_by_hand():
     assert size["peak_unfused"] == size["encoder_unfused"]
 
 
+def test_long_decoding_memory_by_hand():
+    """At 448 positions decoding outgrows the encoder: audio features, the cache, and the old values beside it.
+
+    Two windows unfused: the scaled keys of the audio lead, copied twice.
+    """
+    model = on_meta(DIMS["tiny"])
+    size, two = flops.memory(model, 448, 4), flops.memory(model, 448, 4, batch=2)
+    assert size["decoder_fused"] == 4 * 448 * 384
+    assert size["peak_fused"] == 4 * 384 * (1500 + 4 * 2 * (448 + 1500) + 448)
+    assert two["decoder_unfused"] == 2 * (2 * 4 * 1500 * 384)
+
+
 def test_half_precision_memory_by_hand():
     """At 2 bytes scores and softmax stay float32 beside a half copy, 10 bytes; logits are kept in both."""
     size = flops.memory(on_meta(DIMS["tiny"]), 27, 2)

@@ -272,6 +272,17 @@ def test_half_precision(dtype):
     assert w.eq(0).all()
 
 
+def test_the_smallest_weights():
+    """Near the end of the number range the gradient stays finite, though 1 / norm or the norm itself does not."""
+    faint = torch.full((4, 2), 6e-8, dtype=torch.float16)  # the least above 0; 2 / norm is 17 million
+    g, = tspar.gradient([(faint, 1)], 0, 1)
+    assert g.isfinite().all() and (0 < g).all() and (g <= 1).all()
+    fainter = torch.full((4, 2), 1e-30, requires_grad=True)  # its square is 0 in float32
+    tspar.penalty([(fainter, 1)], 0, 1).backward()
+    g, = tspar.gradient([(fainter, 1)], 0, 1)
+    assert g.equal(fainter.grad) and g.eq(0).all()
+
+
 # ---------------------------------------------------------------- the proximal operator
 
 def minimize(v: torch.Tensor, l1: float, l2: float) -> torch.Tensor:
@@ -460,6 +471,16 @@ def test_groups_of_one_are_exact_under_adam():
     v = w.detach().clone()
     tspar.SparseGroupLasso({"encoder.w": [(w, 0)]}, 2, 0, 1, 0).prox_(optimizer)
     torch.testing.assert_close(w.detach(), soft(v, 1.0 * 0.1 * 3 / (w.grad + 1e-8)))
+
+
+def test_adam_in_half_precision():
+    """Second moments of 40 over 4096 rows add up to more than float16 holds; 0.05 - lr - lr/200 * l1 = 0.035."""
+    w = nn.Parameter(torch.full((4096, 2), 0.05, dtype=torch.float16))
+    optimizer = torch.optim.Adam([w], lr=0.01)
+    w.grad = torch.full_like(w, 200)
+    optimizer.step()
+    tspar.SparseGroupLasso({"encoder.w": [(w, 1)]}, 100, 0, 0, 0).prox_(optimizer)
+    assert w.float().sub(0.035).abs().max() < 5e-4
 
 
 @pytest.mark.parametrize("momentum", [0, 0.9])
