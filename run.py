@@ -68,18 +68,18 @@ class Settings:
     data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
     language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
     out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
-    steps: int = flag(400, "first phase: more steps let the penalty empty more groups")
-    recovery_steps: int = flag(300, "second phase, after pruning: more steps win back more WER")
+    steps: int = flag(350, "first phase: more steps let the penalty empty more groups")
+    recovery_steps: int = flag(350, "second phase, after pruning: more steps win back more WER")
     batch: int = flag(16, "clips a step")
     lr: float = flag(0.0, "learning rate of the first phase; 0 means 3e-3 for nano, 1e-5 for any other model")
-    recovery_lr: float = flag(0.0, "learning rate of the second phase; 0 means two thirds of --lr")
+    recovery_lr: float = flag(0.0, "learning rate of the second phase; 0 means the same as --lr")
     sgl: str = flag("loss", "loss adds the penalty's gradient, prox takes the proximal step", "loss", "prox")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
-    l1_encoder: float = flag(4.2e-5, "strength on single weights: higher makes them smaller")
-    l1_decoder: float = flag(4.2e-5, "the same in the decoder")
-    l2_encoder: float = flag(4.2e-5, "strength on groups: higher empties more of them")
-    l2_decoder: float = flag(4.2e-5, "the same in the decoder")
-    z1: float = flag(0.0, "pass 1, standard deviations from the mean norm: higher removes more groups")
+    l1_encoder: float = flag(3.2e-5, "strength on single weights: higher makes them smaller")
+    l1_decoder: float = flag(5e-5, "the same in the decoder")
+    l2_encoder: float = flag(3.2e-5, "strength on groups: higher empties more of them")
+    l2_decoder: float = flag(5e-5, "the same in the decoder")
+    z1: float = flag(0.4, "pass 1, standard deviations from the mean norm: higher removes more groups")
     z2: float = flag(-0.75, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     target: float = flag(0.0, "share of the block parameters to remove; 0 leaves the size to z1")
     rounds: int = flag(5, "rounds of Iterative Magnitude Pruning")
@@ -378,7 +378,7 @@ def settings(argv: list[str] | None) -> Settings:
         raise Stop(f"--device {s.device} cannot be used ({str(error).splitlines()[0]}); take cpu, or a machine with cuda") from None
     lr = s.lr or (3e-3 if s.model == "nano" else 1e-5)
     out = s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}"
-    return replace(s, lr=lr, recovery_lr=s.recovery_lr or lr * 2 / 3, out=out)
+    return replace(s, lr=lr, recovery_lr=s.recovery_lr or lr, out=out)
 
 
 def data_folder(s: Settings) -> Path:
