@@ -1,4 +1,4 @@
-"""Hindi text normalizer for a fair word error rate: two spellings of one word meet, two words never do.
+"""Hindi text normalizer for a fair word error rate: free spellings of one word meet, two words stay apart.
 
 Whisper's BasicTextNormalizer takes vowel signs for punctuation: "हिन्दी में" becomes "ह न द म", and में, मैं
 and माँ all become "म". Here the word stays whole, and its free spellings become one:
@@ -18,10 +18,10 @@ numbers, punctuation, spelling, words. Each relies on the earlier ones and makes
 
 Sources: Unicode Standard, ch. 12.1; Google's nisaba, Deva/visual_rewrite.textproto (vowels that look alike);
 Kendriya Hindi Nideshalaya, "Devanagari Script and Standardization of Hindi Spelling" (what is free).
-Our choices: the dot of the five loan letters (ज़) is folded, since writers leave it out freely; ँ and ं are
-folded but for हँस/हंस and अँगना/अंगना; ड़ ढ़, vowel length, ॉ and whether there is a nasal are never touched.
-normalize takes any str (lone surrogates too), is idempotent, blind to NFC/NFD, and linear in the length.
-This file is in NFC, as the text its patterns meet: ज़ is two characters, ज and nukta.
+Our choices: the dot of the five loan letters (ज़) is folded, since writers leave it out freely (the price: राज,
+rule, meets राज़, secret; nukta=False parts them); ँ and ं are folded but for हँस/हंस and अँगना/अंगना; ड़ ढ़,
+vowel length, ॉ and whether there is a nasal are never touched. normalize takes any str, is idempotent, blind
+to NFC/NFD, and linear in the length. This file is in NFC, as the text its patterns meet: ज़ is ज and nukta.
 """
 import re
 import unicodedata
