@@ -79,7 +79,7 @@ class Settings:
     l1_decoder: float = flag(5e-5, "the same in the decoder")
     l2_encoder: float = flag(3.2e-5, "strength on groups: higher empties more of them")
     l2_decoder: float = flag(5e-5, "the same in the decoder")
-    z1: float = flag(0.25, "pass 1, standard deviations from the mean norm: higher removes more groups")
+    z1: float = flag(0.5, "pass 1, standard deviations from the mean norm: higher removes more groups")
     z2: float = flag(-0.75, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     target: float = flag(0.0, "share of the block parameters to remove; 0 leaves the size to z1")
     rounds: int = flag(5, "rounds of Iterative Magnitude Pruning")

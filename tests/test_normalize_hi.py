@@ -131,7 +131,8 @@ def test_every_code_point():
     for chunk in [assigned[i:i + 100] for i in range(0, len(assigned), 100)]:
         assert broken_promises(" ".join(f"क{char}ि a{char}5" for char in chunk)) == [], ascii(chunk)
     for chunk in [chars[i:i + 2000] for i in range(0, len(chars), 2000)]:
-        assert broken_promises(" ".join(chunk)) == [], ascii(chunk[0])
+        once = normalize(" ".join(chunk))
+        assert normalize(once) == once and not re.search(r"\d", once), ascii(chunk[0])
 
 
 def test_invisible_characters_go():
