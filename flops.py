@@ -305,7 +305,7 @@ def _high_water(call: Callable, send) -> None:
     libc.free.argtypes = [ctypes.c_void_p]
     libc.mallopt(-3, 4096)                              # M_MMAP_THRESHOLD
     for size in (2**n for n in range(30, 11, -1)):
-        for _ in range(100_000):                        # a block from a hole is kept
+        for _ in range(10_000):                         # a block from a hole is kept
             block = libc.malloc(size)
             if not block or ctypes.c_size_t.from_address(block - 8).value & 2:      # glibc: mapped, no holes left
                 break
