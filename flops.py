@@ -40,6 +40,7 @@ shapes save, so `table` shows "removed" and "zeros" apart, and `sparse_storage` 
     37,184,640
 """
 import ctypes
+import math
 import multiprocessing
 import statistics
 import sys
@@ -200,6 +201,34 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
     return sizes
 
 
+def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_value: int = 4, checkpointing: bool = False) -> int:
+    """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), and what
+    the forward pass keeps for the backward pass at bytes_per_value (2 under autocast, whose weight copies are counted).
+
+    Of a block with n positions, n (4 d + 2 query/key + 2 value + 2 f) values: input and result of both LayerNorms, query,
+    key, value, their mixture (attention fused), the hidden layer before and after GELU; cross-attention likewise.
+    checkpointing keeps every block's input, and one block at a time in full. ValueError as for memory.
+    """
+    _check_tokens(model, n_tokens)
+    _check_bytes(bytes_per_value)
+    _check_count("batch", batch)
+    S, T, d = _audio_positions(model), n_tokens, len(model.encoder.conv2.weight)
+
+    def kept(block: ResidualAttentionBlock, n: int) -> int:
+        total = n * (4 * d + 2 * (len(block.mlp[0].weight) + len(block.attn.query.weight) + len(block.attn.value.weight)))
+        if block.cross_attn is not None:
+            q, v = len(block.cross_attn.query.weight), len(block.cross_attn.value.weight)
+            total += n * (2 * d + q + v) + S * (q + v)
+        return total
+
+    blocks = [(kept(block, S), S * d) for block in model.encoder.blocks] + [(kept(block, T), T * d) for block in model.decoder.blocks]
+    values = sum(small for _, small in blocks) + max(full for full, _ in blocks) if checkpointing else sum(full for full, _ in blocks)
+    values += 2 * S * model.encoder.conv1.weight.shape[1] + 5 * S * d + 2 * S * d + 2 * T * d       # mel, convolutions, last LayerNorms
+    weights = sum(p.numel() for p in model.parameters())
+    logits = T * len(model.decoder.token_embedding.weight) * 4                                      # their log-softmax
+    return weights * (16 + (bytes_per_value if bytes_per_value < 4 else 0)) + batch * (values * bytes_per_value + logits)
+
+
 def _block_peak(block: ResidualAttentionBlock, S: int, b: int, path: str) -> int:
     """Bytes live at the worst moment of one encoder block's three stages, S positions, b bytes a value.
 
@@ -348,6 +377,23 @@ def table(models: dict[str, Whisper], n_prompt: int = 4, n_new: int = 24) -> str
         size = {key: f"{value / 1e6:,.1f}" for key, value in size.items()}
         lines += [f"  MB: weights {size['weights']}, as CSR {size['csr']}, as bitmask and values {size['bitmask']}",
                   f"  MB: KV cache {size['kv_cache']}, peak {size['peak_fused']} ({size['peak_unfused']} unfused)"]
+    return "\n".join(lines)
+
+
+def bench(dense: Whisper, pruned: Whisper, batches: tuple[int, ...] = (1, 8)) -> str:
+    """Measured against predicted cost of two models, as a table of 80 columns; both on one device, MB is 10^6 bytes."""
+    lines = [f"Measured on {dense.device}, {torch.get_num_threads()} threads, 4 + 24 tokens; in brackets what FLOPs and formulas predict",
+             "batch part      dense ms pruned ms  speed-up       dense MB         pruned MB"]
+    for batch in batches:
+        mel = torch.randn(batch, dense.dims.n_mels, 2 * _audio_positions(dense), device=dense.device)
+        measured = measure([dense, pruned], mel)
+        predicted = [memory(model, 27, 4, batch, n_prompt=4) for model in (dense, pruned)]
+        for part, work in (("encoder", encoder), ("greedy", lambda model: greedy(model, 4, 24))):
+            ms = [1000 * row[f"{part}_seconds"] for row in measured]
+            mb = [math.nan if row[f"{part}_peak"] is None else row[f"{part}_peak"] / 1e6 for row in measured]
+            said = [(row["encoder_fused"] if part == "encoder" else row["kv_cache"] + row["decoder_fused"]) / 1e6 for row in predicted]
+            lines.append(f"{batch:5} {part:<8}{ms[0]:10.1f}{ms[1]:10.1f}{ms[0] / ms[1]:6.2f} ({work(dense) / work(pruned):4.2f})"
+                         f"{mb[0]:9.1f} ({said[0]:7.1f}){mb[1]:9.1f} ({said[1]:7.1f})")
     return "\n".join(lines)
 
 

@@ -2,7 +2,8 @@
 
     python run.py                                       # embedded Hindi corpus and nano checkpoint: minutes, 2 cores
     python run.py --model small --data cv11_hi          # the paper's experiment: Common Voice 11.0 Hindi, wants a GPU
-    python run.py --model runs/nano-mini_hi/tspar.pt --evaluate
+    torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
+    python run.py --model runs/nano-mini_hi/tspar.pt --transcribe a.wav b.mp3       # or --evaluate, or --bench
 
 Four models come out, measured on the same clips by the same code:
 
@@ -15,27 +16,41 @@ Four models come out, measured on the same clips by the same code:
 All take the same number of steps, with the same clips in the same order at the same learning rates. `run`, at the
 end, is the method top to bottom. --out receives report.json, log.txt and the checkpoints dense.pt, tspar.pt,
 imp.pt; prune.load reads them all, whisper.load_model all but tspar.pt (prune.expand makes that one stock again).
+
+Order, augmentation and learning rate follow from the seed and the step number alone. So the same command with
+--resume goes on from the last saved step to the same result, and N processes with b clips each take the step that
+one process takes with N b.
 """
+from __future__ import annotations
+
 import argparse
 import copy
 import csv
+import importlib.util
 import json
 import math
 import os
 import platform
+import shutil
+import signal
 import sys
 import time
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import whisper
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE
 from whisper.model import Whisper
@@ -49,15 +64,31 @@ from tspar import SparseGroupLasso, columns
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
+RANK, WORLD = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))       # torchrun sets them
+
+# By width of the model: learning rate, steps of each phase, clips a step. nano's were chosen on its dev clips. The others'
+# rates are 1/40 of the highest in pre-training (Radford et al. 2022, appendix F), the usual advice for fine-tuning Whisper;
+# steps and clips are what fine-tuning on Common Voice commonly takes. None of these has been run here.
+RECIPES = {128: (3e-3, 600, 8), 384: (3.75e-5, 2000, 16), 512: (2.5e-5, 2000, 16), 768: (1.25e-5, 2000, 16),
+           1024: (6.25e-6, 2000, 16), 1280: (4.375e-6, 2000, 16)}
 
 
 class Stop(Exception):
-    """Bad input, in one sentence for the user: what came, what is needed, what to do."""
+    """The end of the run in one sentence for the user: what came, what is needed, what to do."""
+
+    def __init__(self, text: str, code: int = 2):
+        super().__init__(text)
+        self.code = code                    # 2: bad input, before anything slow; 1: it happened on the way
 
 
-def flag(default, text: str, *choices: str):
+def need(ok, otherwise: str) -> None:
+    if not ok:
+        raise Stop(otherwise)
+
+
+def flag(default, text: str, *choices: str, kind: type | None = None):
     """A field of Settings that is a command-line flag too: its default, its --help line, what it may be."""
-    return field(default=default, metadata={"help": text, "choices": choices or None})
+    return field(default=default, metadata={"help": text, "choices": choices or None, "kind": kind or type(default)})
 
 
 @dataclass(frozen=True)
@@ -68,11 +99,12 @@ class Settings:
     data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
     language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
     out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
-    steps: int = flag(600, "first phase: more steps let the penalty empty more groups")
-    recovery_steps: int = flag(600, "second phase, after pruning: more steps win back more WER")
-    batch: int = flag(8, "clips a step")
-    lr: float = flag(0.0, "learning rate of the first phase; 0 means 3e-3 for nano, 1e-5 for any other model")
-    recovery_lr: float = flag(0.0, "learning rate of the second phase; 0 means the same as --lr")
+    steps: int = flag(None, "first phase: more let the penalty empty more groups (nano 600, others 2,000)", kind=int)
+    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)", kind=int)
+    batch: int = flag(None, "clips a step and process (nano 8, others 16)", kind=int)
+    accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
+    lr: float = flag(None, "learning rate of the first phase (nano 3e-3, small 1.25e-5, medium 6.25e-6)", kind=float)
+    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)", kind=float)
     sgl: str = flag("loss", "loss adds the penalty's gradient, prox takes the proximal step", "loss", "prox")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     l1_encoder: float = flag(2.2e-5, "strength on single weights: higher makes them smaller")
@@ -86,162 +118,82 @@ class Settings:
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
     limit: int = flag(0, "take only the first clips of each split, for a quick look; 0 takes all")
     seed: int = flag(0, "order of the clips, augmentation, bootstrap")
-    device: str = flag("cpu", "cpu or cuda")
+    device: str = flag("", "cpu or cuda; cuda where there is one")
+    precision: str = flag("", "of activations; weights and penalty stay fp32 (bf16 on cuda)", "fp32", "bf16", "fp16")
+    checkpointing: bool = flag(False, "keep one activation a block and compute the rest again: less memory, 4/3 of the time")
+    workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)", kind=int)
+    eval_every: int = flag(None, "steps between dev losses; without penalty the best weights are kept (nano 0: off, others 250)", kind=int)
+    save_every: int = flag(200, "steps between saved states")
+    resume: bool = flag(False, "go on where the same command was interrupted")
+    overwrite: bool = flag(False, "replace what an earlier run left in OUT")
     evaluate: bool = flag(False, "only measure the model")
     bench: bool = flag(False, "only compare predicted and measured cost, dense and pruned")
+    transcribe: list = flag((), "only print the text of these audio files", kind=str)
     plot: bool = flag(False, "also draw OUT/plot.png (needs matplotlib)")
-    overwrite: bool = flag(False, "replace what an earlier run left in OUT")
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ----------------------------------------------------------------------------------------------------------- the method
 
-def read_audio(path: Path) -> np.ndarray:
-    """Mono float32 samples at 16 kHz from whatever libsndfile reads: mp3, ogg, flac, wav.
+def run(s: Settings) -> None:
+    """The method, top to bottom: load, fine-tune, prune, recover, compare, report."""
+    for path in s.transcribe:
+        read_audio(Path(path))                   # whether it can be read, before the model is loaded
+    model = load_model(s)
+    s = completed(s, model)
+    if s.bench:
+        dense, pruned = prune.expand(model), copy.deepcopy(model)
+        if flops.parameters(dense)["blocks"] == flops.parameters(model)["blocks"]:          # stock shapes: half of them go
+            prune.remove_(pruned, prune.target(s.target or 0.5, lambda z1: prune.two_pass(pruned, z1=z1, z2=None)))
+        return print(flops.table({"dense": dense, "pruned": pruned}), flops.bench(dense, pruned), sep="\n\n")
+    if s.transcribe:
+        return print("\n".join(f"{path}\t{heard(model, path, s)}" for path in s.transcribe))
+    tokenizer = get_tokenizer(True, num_languages=model.num_languages, language=s.language, task="transcribe")
+    folder = data_folder(s)
+    test = Clips(folder, s.split, model, tokenizer, s.limit, keep=s.workers == 0)
+    if s.evaluate:
+        rows, _ = compare({Path(s.model).stem[:8]: model}, test, s)
+        return print(table(rows)) if RANK == 0 else None
+    clips = {split: Clips(folder, split, model, tokenizer, s.limit, keep=s.workers == 0) for split in ("train", "dev")}
+    start_folder(s, model)
+    estimate(model, clips | {s.split: test}, s)
 
-    Another rate is converted in the frequency domain: the spectrum below the lower of the two Nyquist frequencies
-    goes back at the new length, which is exact for all that both rates can carry.
-    """
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError) as error:
-        raise Stop(f"{path} is no readable audio ({error}); replace the clip or take its row out of the .tsv") from None
-    mono = samples.mean(1)
-    n = round(len(mono) * SAMPLE_RATE / rate)
-    if rate == SAMPLE_RATE or n == 0:
-        return mono
-    return (np.fft.irfft(np.fft.rfft(mono)[: n // 2 + 1], n) * (n / len(mono))).astype(np.float32)
+    clock = [time.time()]
+    dense = copy.deepcopy(model)
+    fine_tune(dense, clips, s, "dense: fine-tune")
+    imp = copy.deepcopy(dense)
+    fine_tune(dense, clips, recovery(s), "dense: go on")
+    clock.append(time.time())
 
+    pruned = copy.deepcopy(model)
+    plan = tspar(pruned, clips, s)
+    clock.append(time.time())
 
-class Clips:
-    """One split of a Common Voice folder, made ready for one model."""
+    left = flops.parameters(pruned)["blocks_nonzero"] / flops.parameters(model)["blocks"]
+    iterative_magnitude(imp, clips, s, 1 - left)
+    clock.append(time.time())
 
-    def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0):
-        table, window = folder / f"{split}.tsv", model.dims.n_audio_ctx / 50        # seconds
-        try:
-            with open(table, encoding="utf8", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: limit or None]
-        except (OSError, UnicodeDecodeError) as error:
-            raise Stop(f"{table} cannot be read ({error}); a folder like Common Voice's is needed: train.tsv, "
-                       "dev.tsv, test.tsv, clips/") from None
-        if not rows or not all(row.get("path") and row.get("sentence") is not None for row in rows):
-            raise Stop(f"{table} has {len(rows)} rows with the columns {list(rows[0]) if rows else []}; it needs at least one "
-                       "row, and in each a path and a sentence, tab-separated, named in the first line")
-        self.paths = [folder / "clips" / row["path"] for row in rows]
-        self.sentences = [row["sentence"].strip() for row in rows]
-        start = [*tokenizer.sot_sequence_including_notimestamps]
-        self.n_start = len(start)
-        self.tokens = [start + tokenizer.encode(" " + text) + [tokenizer.eot] for text in self.sentences]
-        self.n_mels, self.n_frames = model.dims.n_mels, 2 * model.dims.n_audio_ctx
-        self.mels: dict[int, torch.Tensor] = {}
-        for path, tokens in zip(self.paths, self.tokens):
-            try:
-                seconds = soundfile.info(path).duration      # a broken clip shows now, not after an hour
-            except (RuntimeError, OSError) as error:
-                raise Stop(f"{path} is no readable audio ({error}); replace it or take its row out of {table}") from None
-            if seconds > window or len(tokens) - 1 > model.dims.n_text_ctx:
-                raise Stop(f"{path} has {seconds:.1f} s and {len(tokens)} tokens, the model's window is {window:g} s and "
-                           f"{model.dims.n_text_ctx}; take its row out of {table}, or take another model")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def mel(self, i: int) -> torch.Tensor:
-        """Log-mel spectrogram (n_mels, n_frames), silence to the end; made once, kept in half precision."""
-        if i not in self.mels:
-            audio = whisper.pad_or_trim(read_audio(self.paths[i]), self.n_frames * HOP_LENGTH)
-            self.mels[i] = whisper.log_mel_spectrogram(audio, self.n_mels).half()
-        return self.mels[i].float()
-
-    def batch(self, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """mels (B, n_mels, n_frames), decoder inputs (B, T), targets (B, T): -100 where nothing is predicted."""
-        rows = [self.tokens[i] for i in chosen]
-        pad = [max(map(len, rows)) - len(row) for row in rows]
-        inputs = [row[:-1] + row[-1:] * n for row, n in zip(rows, pad)]
-        targets = [[-100] * (self.n_start - 1) + row[self.n_start:] + [-100] * n for row, n in zip(rows, pad)]
-        return torch.stack([self.mel(i) for i in chosen]), torch.tensor(inputs), torch.tensor(targets)
+    models = {"original": model, "dense": dense, "tspar": pruned, "imp": imp}
+    rows, texts = compare(models, test, s)
+    clock.append(time.time())
+    if RANK > 0:
+        return
+    for name in ("dense", "tspar", "imp"):
+        prune.save(models[name], Path(s.out) / f"{name}.pt")
+    say(s, f"\n{histogram(plan)}\n\n{table(rows)}\n")
+    for said, text in list(zip(test.sentences, texts["tspar"]))[:3]:
+        say(s, f"said   {said}\ntspar  {text}")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
+    seconds = dict(zip(("dense", "tspar", "imp", "measure"), np.diff(clock).round(1).tolist()))
+    report = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
+              "plan": str(plan).split("\n"), "transcripts": texts}
+    write(Path(s.out) / "report.json", lambda file: file.write(json.dumps(report, ensure_ascii=False, indent=1).encode()))
+    if s.plot:
+        write(Path(s.out) / "plot.png", partial(draw, plan))
+    shutil.rmtree(Path(s.out) / "state")
+    say(s, f"\nin {s.out}: report.json, log.txt, dense.pt, tspar.pt, imp.pt   ({sum(seconds.values()):.0f} s)")
 
 
-def augment(mels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """SpecAugment (Park et al. 2019): after a shift of up to 20 frames, 2 bands of up to 10 mels and 2 stretches of
-    up to 20 frames of each clip are set to its mean."""
-    mels = torch.stack([mel.roll(int(rng.integers(20)), -1) for mel in mels])
-    for mel in mels:
-        for axis, widest in ((0, 10), (0, 10), (1, 20), (1, 20)):
-            width = int(rng.integers(widest + 1))
-            mel.narrow(axis, int(rng.integers(mel.shape[axis] - width)), width).fill_(mel.mean())
-    return mels
-
-
-# ----------------------------------------------------------------------------------------- fine-tuning
-
-@contextmanager
-def shared_rows(model: Whisper):
-    """The exact softmax over the whole vocabulary, at the cost of its different rows. Yields the loss and token -> row.
-
-    About 75 of nano's 51,865 tokens occur in mini_hi; the others have one embedding row in common, so one logit, and
-    n equal logits count as one logit plus log n. Inside the `with`, the model's vocabulary is its different rows;
-    afterwards every token has its row back. In a pretrained Whisper all rows differ and nothing changes.
-    """
-    decoder, embed = model.decoder, torch.nn.Embedding.from_pretrained
-    weight = decoder.token_embedding.weight.detach()
-    rows, row_of, counts = torch.unique(weight, dim=0, return_inverse=True, return_counts=True)
-    decoder.token_embedding = embed(rows, freeze=False)
-
-    def loss(inputs: torch.Tensor, targets: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats a token; inputs and targets (B, T) are ids of the full vocabulary."""
-        logits = decoder(row_of[inputs], audio) + counts.to(weight).log()
-        return F.cross_entropy(logits.flatten(0, 1), torch.where(targets < 0, -100, row_of[targets]).flatten())
-
-    try:
-        yield loss, row_of
-    finally:
-        decoder.token_embedding = embed(decoder.token_embedding.weight.detach()[row_of], freeze=False)
-
-
-def fine_tune(model: Whisper, clips: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> None:
-    """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero."""
-    rng, order, losses, started = np.random.default_rng(s.seed), [], [], time.time()
-    zeros = [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
-    model.train()
-    with shared_rows(model) as (cross_entropy, _):
-        optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        warm_up = max(1, min(50, s.steps // 5))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warm_up) * (
-            0.02 + 0.98 * (1 + math.cos(math.pi * step / max(1, s.steps))) / 2))
-        bar = tqdm(range(s.steps), title, leave=False, ncols=80, disable=None)
-        for step in bar:
-            while len(order) < s.batch:
-                order += rng.permutation(len(clips)).tolist()
-            chosen, order = order[:s.batch], order[s.batch:]
-            mels, inputs, targets = (x.to(s.device) for x in clips.batch(chosen))
-            loss = cross_entropy(inputs, targets, model.encoder(augment(mels, rng)))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if penalty and s.sgl == "loss":
-                penalty.add_gradient_()         # after clipping: the strength does not depend on the data's gradient
-            optimizer.step()
-            if penalty and s.sgl == "prox":
-                penalty.prox_(optimizer)
-            for weight, keep in zeros:
-                weight.data.mul_(keep)
-            schedule.step()
-            losses.append(loss.item())
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-            if not math.isfinite(losses[-1]):
-                raise Stop(f"the loss is {losses[-1]} at step {step + 1} of {title}; lower --lr, now {s.lr:g}, "
-                           "or the strengths")
-    model.eval()
-    loss = f"loss {np.mean(losses[-20:]):.3f}" if losses else "untouched"
-    say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}   {time.time() - started:5.0f} s")
-
-
-def recovery(s: Settings) -> Settings:
-    """The second phase as settings of its own."""
-    return replace(s, steps=s.recovery_steps, lr=s.recovery_lr)
-
-
-def tspar(model: Whisper, clips: Clips, s: Settings) -> prune.Plan:
+def tspar(model: Whisper, clips: dict[str, Clips], s: Settings) -> prune.Plan:
     """The method: fine-tune with the penalty, decide in two passes, remove, recover. Returns what was decided."""
     groups = prune.units(model) if s.groups == "unit" else columns(model)
     penalty = SparseGroupLasso(groups, s.l1_encoder, s.l1_decoder, s.l2_encoder, s.l2_decoder)
@@ -255,7 +207,7 @@ def tspar(model: Whisper, clips: Clips, s: Settings) -> prune.Plan:
     return plan
 
 
-def iterative_magnitude(model: Whisper, clips: Clips, s: Settings, share: float) -> None:
+def iterative_magnitude(model: Whisper, clips: dict[str, Clips], s: Settings, share: float) -> None:
     """The baseline: after round r of R, (1 - share)^(r/R) of the block weights are left, and the model retrains."""
     for r in range(s.rounds):
         prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / s.rounds))
@@ -263,7 +215,224 @@ def iterative_magnitude(model: Whisper, clips: Clips, s: Settings, share: float)
         fine_tune(model, clips, replace(recovery(s), steps=steps), f"imp: round {r + 1} of {s.rounds}")
 
 
-# ------------------------------------------------------------------------------------------- measuring
+def recovery(s: Settings) -> Settings:
+    """The second phase as settings of its own."""
+    return replace(s, steps=s.recovery_steps, lr=s.recovery_lr)
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+
+def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> None:
+    """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero.
+
+    Warm-up over the first fifth, 50 steps at most, then linear decay to zero. With s.eval_every, a phase without
+    penalty ends with the weights of the lowest dev loss; with penalty the last ones count, as it needs its time.
+    """
+    started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
+    train, warm_up, shape = clips["train"], max(1, min(50, s.steps // 5)), (s.steps, s.accumulate, WORLD, s.batch)
+    # Place p of the endless shuffled sequence holds clip order[p], augmented by p; `places` deals the places out.
+    epochs = [np.random.default_rng([s.seed, e]).permutation(len(train)) for e in range(math.prod(shape) // len(train) + 1)]
+    order, places = np.concatenate(epochs), np.arange(math.prod(shape)).reshape(shape)
+    with Objective(model) as objective, checkpointed(model) if s.checkpointing else nullcontext():
+        state = State(model, s, title)
+        first, net = state.step, objective
+        if WORLD > 1:
+            net = DistributedDataParallel(objective, broadcast_buffers=False, init_sync=False)
+        mine = places[first:, :, RANK].reshape(-1, s.batch)
+        loader = iter(batches(train, s, [[(int(order[p]), s.seed, int(p)) for p in row] for row in mine]))
+        bar = tqdm(initial=first, total=s.steps, desc=title, leave=False, ncols=80, disable=RANK > 0 or None)
+        try:
+            for step in range(first, s.steps):
+                with undivided():
+                    rate = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
+                    for group in state.optimizer.param_groups:
+                        group["lr"] = rate
+                    loss = backward(net, loader, sum(train.n_targets(i) for i in order[places[step]].flat), s, state)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    if penalty and s.sgl == "loss":
+                        penalty.add_gradient_()      # once, after all-reduce and clipping: the strength depends on neither
+                    state.scaler.step(state.optimizer)
+                    state.scaler.update()
+                    if penalty and s.sgl == "prox":
+                        penalty.prox_(state.optimizer)
+                    for weight, keep in zeros:
+                        weight.data.mul_(keep)
+                    state.step, state.losses = step + 1, state.losses[-19:] + [loss]
+                    if s.eval_every and not penalty and (state.step % s.eval_every == 0 or state.step == s.steps):
+                        state.judge(dev_loss(objective, clips["dev"], s))
+                    if state.step % s.save_every == 0 and state.step < s.steps:
+                        state.save()
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            state.save()
+            raise Stop(f"stopped after step {state.step} of {title}; the same command with --resume goes on", 130) from None
+        except (OSError, RuntimeError) as error:             # a full disk, too little memory, a worker killed
+            raise Stop(f"{title} failed in step {state.step + 1} ({str(error).splitlines()[0]}); when that is mended, the "
+                       "same command with --resume goes on from the last saved step", 1) from error
+        finally:
+            bar.close()
+        if first < s.steps:
+            state.finish()
+    model.eval()
+    if first < s.steps or not s.resume:
+        dev = f"   dev {state.best[0]:.3f}" if state.best[0] < math.inf else ""
+        loss = f"loss {np.mean(state.losses):.3f}" if state.losses else "untouched"
+        say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}{dev}   {time.time() - started:5.0f} s")
+
+
+def backward(net: torch.nn.Module, loader, n_targets: int, s: Settings, state: State) -> float:
+    """The gradient of one step's mean loss over all its n_targets tokens, in .grad; returns that loss, in nats a token."""
+    net.train()
+    state.optimizer.zero_grad()
+    loss = 0.0
+    for i in range(s.accumulate):
+        batch = [x.to(s.device, non_blocking=True) for x in next(loader)]
+        with net.no_sync() if WORLD > 1 and i < s.accumulate - 1 else nullcontext():
+            with autocast(s):
+                part = net(*batch) / n_targets
+            state.scaler.scale(part * WORLD).backward()      # DistributedDataParallel takes the mean of WORLD gradients
+        loss += part.item()
+    state.scaler.unscale_(state.optimizer)
+    loss = summed(loss, s)
+    if not math.isfinite(loss):
+        raise Stop(f"the loss is {loss} in step {state.step + 1}; lower --lr, now {s.lr:g}, or the strengths, and start again", 1)
+    return loss
+
+
+class Objective(torch.nn.Module):
+    """Cross-entropy in nats, summed over the targets: the exact softmax over the whole vocabulary, at the cost of its
+    different rows.
+
+    About 75 of nano's 51,865 tokens occur in mini_hi; the others have one embedding row in common, so one logit, and
+    n equal logits count as one logit plus log n. Inside `with`, the model's vocabulary is its different rows;
+    afterwards every token has its row back. In a pretrained Whisper all rows differ and nothing changes.
+    """
+
+    def __init__(self, model: Whisper):
+        super().__init__()
+        rows, self.row_of, counts = torch.unique(model.decoder.token_embedding.weight.detach(), dim=0,
+                                                 return_inverse=True, return_counts=True)
+        self.model, self.log_counts = model, counts.to(rows).log()
+        model.decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+
+    def forward(self, mels: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """mels (B, n_mels, n_frames); inputs and targets (B, T), ids of the full vocabulary, targets -100 to skip."""
+        return self.of_text(self.model.encoder(mels), inputs, targets)
+
+    def of_text(self, audio: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.model.decoder(self.row_of[inputs], audio) + self.log_counts
+        rows = torch.where(targets < 0, -100, self.row_of[targets])
+        return F.cross_entropy(logits.flatten(0, 1), rows.flatten(), reduction="sum")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        weight = self.model.decoder.token_embedding.weight.detach()[self.row_of]
+        self.model.decoder.token_embedding = torch.nn.Embedding.from_pretrained(weight, freeze=False)
+
+
+@contextmanager
+def checkpointed(model: Whisper):
+    """Gradient checkpointing: of each block only the input is kept, the backward pass computes the rest again."""
+    blocks = [*model.encoder.blocks, *model.decoder.blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def autocast(s: Settings) -> torch.autocast:
+    """Activations in --precision."""
+    dtype = torch.float16 if s.precision == "fp16" else torch.bfloat16
+    return torch.autocast(s.device.split(":")[0], dtype, enabled=s.precision != "fp32")
+
+
+@torch.no_grad()
+def dev_loss(objective: Objective, clips: Clips, s: Settings) -> float:
+    """Cross-entropy in nats a token on the dev clips, each process its share."""
+    objective.eval()
+    total = 0.0
+    for batch in batches(clips, s, share(len(clips), s.batch)):
+        with autocast(s):
+            total += objective(*[x.to(s.device) for x in batch]).item()
+    return summed(total, s) / sum(map(clips.n_targets, range(len(clips))))
+
+
+def summed(x: float, s: Settings) -> float:
+    """The sum over all processes."""
+    total = torch.tensor(x, dtype=torch.float64, device=s.device)
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total.item()
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list[dict], dict[str, list[str]]]:
+    """One row a model, and all transcripts. FLOPs: encoder and greedy decoding of a clip whose text has mean length;
+    memory: weights, cache and activations then, at 4 bytes a value; latency: encoder, one clip."""
+    n_new = round(np.mean([*map(clips.n_targets, range(len(clips)))]))
+    latency = flops.measure([*models.values()] if RANK == 0 else [], clips.mel(0)[None].to(s.device))
+    clean, rows, texts = normalizer(s.language), [], {"reference": clips.sentences}
+    for i, (name, model) in enumerate(models.items()):
+        texts[name] = transcribe(model, clips, s)
+        if RANK > 0:
+            continue
+        scores = score([clean(text) for text in clips.sentences], [clean(text) for text in texts[name]], s.seed)
+        count, size = flops.parameters(model), flops.memory(model, clips.n_start + n_new - 1, 4)
+        rows.append({"name": name, **scores, "parameters": count["total"], "nonzero": count["nonzero"],
+                     "block_parameters": count["blocks"], "block_nonzero": count["blocks_nonzero"],
+                     "memory_bytes": size["weights"] + size["peak_fused"],
+                     "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new),
+                     "latency_ms": 1000 * latency[i]["encoder_seconds"]})
+    return rows, texts
+
+
+def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
+    """Greedy whisper.decode, 40 clips at a time; each process its share, all get all."""
+    options = whisper.DecodingOptions(language=s.language, without_timestamps=True, fp16=s.device != "cpu")
+    loader, texts = batches(clips, s, share(len(clips), 40)), []
+    for mels, _, _ in tqdm(loader, "transcribe", leave=False, ncols=80, disable=RANK > 0 or None):
+        texts += [result.text for result in whisper.decode(model, mels.to(s.device), options)]
+    if WORLD == 1:
+        return texts
+    rows = torch.zeros(math.ceil(len(clips) / WORLD), 4096, dtype=torch.uint8)      # as bytes: nothing to unpickle
+    for row, text in zip(rows, texts):
+        data = text.encode()[:4096]
+        row[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+    parts = [torch.empty_like(rows, device=s.device) for _ in range(WORLD)]
+    dist.all_gather(parts, rows.to(s.device))
+    return [bytes(parts[i % WORLD][i // WORLD].tolist()).rstrip(b"\0").decode(errors="ignore") for i in range(len(clips))]
+
+
+def heard(model: Whisper, path: str, s: Settings) -> str:
+    """The text of a file of any length: whisper's own long-form transcription, window by window if that is not 30 s."""
+    audio, window = read_audio(Path(path)), 2 * model.dims.n_audio_ctx * HOP_LENGTH
+    if window == whisper.audio.N_SAMPLES:
+        return model.transcribe(audio, language=s.language, fp16=s.device != "cpu")["text"].strip()
+    options = whisper.DecodingOptions(language=s.language, without_timestamps=True, fp16=s.device != "cpu")
+    mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(audio[i: i + window], window), model.dims.n_mels)
+            for i in range(0, max(1, len(audio)), window)]
+    return " ".join(whisper.decode(model, mel.to(s.device), options).text for mel in mels)
+
+
+def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
+    """Corpus WER and CER of normalized text, in percent. The 95% interval of WER: clips drawn anew 1,000 times."""
+    pairs = [(r, h) for r, h in zip(references, hypotheses) if r]        # no word said, no rate
+    need(pairs, "no reference has a word left after normalization; look at --language and the sentence column")
+    counts = [jiwer.process_words(r, h) for r, h in pairs]
+    errors = np.array([c.substitutions + c.deletions + c.insertions for c in counts])
+    words = np.array([c.hits + c.substitutions + c.deletions for c in counts])
+    draws = np.random.default_rng(seed).integers(len(pairs), size=(1000, len(pairs)))
+    low, high = np.percentile(100 * errors[draws].sum(1) / words[draws].sum(1), [2.5, 97.5])
+    return {"wer": 100 * float(errors.sum() / words.sum()), "wer_ci95": [float(low), float(high)],
+            "cer": 100 * jiwer.cer(*map(list, zip(*pairs)))}
+
 
 def normalizer(language: str):
     """Hindi has its own, English has Whisper's. Elsewhere compatibility forms are folded and punctuation becomes space:
@@ -274,48 +443,6 @@ def normalizer(language: str):
         return EnglishTextNormalizer()
     return lambda text: " ".join("".join(
         " " if unicodedata.category(c)[0] in "PSZC" else c for c in unicodedata.normalize("NFKC", text).lower()).split())
-
-
-def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
-    """Greedy whisper.decode, 40 clips at a time."""
-    options = whisper.DecodingOptions(language=s.language, without_timestamps=True, fp16=s.device != "cpu")
-    texts = []
-    for first in tqdm(range(0, len(clips), 40), "transcribe", leave=False, ncols=80, disable=None):
-        mels = torch.stack([clips.mel(i) for i in range(first, min(first + 40, len(clips)))])
-        texts += [result.text for result in whisper.decode(model, mels.to(s.device), options)]
-    return texts
-
-
-def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
-    """Corpus WER and CER of normalized text, in percent. The 95% interval of WER: clips drawn anew 1,000 times."""
-    pairs = [(r, h) for r, h in zip(references, hypotheses) if r]        # no word said, no rate
-    if not pairs:
-        raise Stop("no reference has a word left after normalization; look at --language and the sentence column")
-    counts = [jiwer.process_words(r, h) for r, h in pairs]
-    errors = np.array([c.substitutions + c.deletions + c.insertions for c in counts])
-    words = np.array([c.hits + c.substitutions + c.deletions for c in counts])
-    draws = np.random.default_rng(seed).integers(len(pairs), size=(1000, len(pairs)))
-    low, high = np.percentile(100 * errors[draws].sum(1) / words[draws].sum(1), [2.5, 97.5])
-    return {"wer": 100 * float(errors.sum() / words.sum()), "wer_ci95": [float(low), float(high)],
-            "cer": 100 * jiwer.cer(*map(list, zip(*pairs)))}
-
-
-def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list[dict], dict[str, list[str]]]:
-    """One row a model, and all transcripts. FLOPs: encoder and greedy decoding of a clip whose text has mean length;
-    memory: weights, cache and activations then, at 4 bytes a value; latency: encoder, one clip."""
-    n_new = round(np.mean([len(tokens) - clips.n_start for tokens in clips.tokens]))
-    latency = flops.measure(list(models.values()), clips.mel(0)[None].to(s.device))
-    clean, rows, texts = normalizer(s.language), [], {"reference": clips.sentences}
-    for (name, model), measured in zip(models.items(), latency):
-        texts[name] = transcribe(model, clips, s)
-        scores = score([clean(text) for text in clips.sentences], [clean(text) for text in texts[name]], s.seed)
-        count, size = flops.parameters(model), flops.memory(model, clips.n_start + n_new - 1, 4)
-        rows.append({"name": name, **scores, "parameters": count["total"], "nonzero": count["nonzero"],
-                     "block_parameters": count["blocks"], "block_nonzero": count["blocks_nonzero"],
-                     "memory_bytes": size["weights"] + size["peak_fused"],
-                     "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new),
-                     "latency_ms": 1000 * measured["encoder_seconds"]})
-    return rows, texts
 
 
 def table(rows: list[dict]) -> str:
@@ -331,12 +458,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def side_norms(plan: prune.Plan, side: str) -> tuple[torch.Tensor, float]:
-    """All group norms of one side, and the threshold of pass 1."""
-    names = [name for name in plan.norms if name.startswith(side)]
-    return torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
-
-
 def histogram(plan: prune.Plan, bins: int = 12, width: int = 40) -> str:
     """Group norms of each side as bars of text, with pass 1's threshold where it falls."""
     lines = []
@@ -350,103 +471,13 @@ def histogram(plan: prune.Plan, bins: int = 12, width: int = 40) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------- the run
-
-def settings(argv: list[str] | None) -> Settings:
-    """The command line, checked as far as that goes without loading anything."""
-    parser = argparse.ArgumentParser("run.py", description=__doc__.partition("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def refuse(message: str):
-        raise Stop(f"{message}; see python run.py --help")
-    parser.error = refuse                        # one line instead of argparse's usage and message
-    for f in fields(Settings):
-        typed = {"action": "store_true"} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else "X"}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **typed)
-    s = Settings(**vars(parser.parse_args(argv)))
-    limits = {"batch": (1, math.inf), "rounds": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
-    for f in fields(s):
-        value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
-        if f.type in (int, float) and not low <= value < high:         # nan compares false, and is refused too
-            raise Stop(f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
-    if s.language not in LANGUAGES:
-        raise Stop(f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
-    try:
-        torch.zeros(1, device=s.device)
-    except (RuntimeError, AssertionError) as error:
-        raise Stop(f"--device {s.device} cannot be used ({str(error).splitlines()[0]}); take cpu, or a machine with cuda") from None
-    lr = s.lr or (3e-3 if s.model == "nano" else 1e-5)
-    out = s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}"
-    return replace(s, lr=lr, recovery_lr=s.recovery_lr or lr, out=out)
+def side_norms(plan: prune.Plan, side: str) -> tuple[torch.Tensor, float]:
+    """All group norms of one side, and the threshold of pass 1."""
+    names = [name for name in plan.norms if name.startswith(side)]
+    return torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
 
 
-def data_folder(s: Settings) -> Path:
-    """Where train.tsv, dev.tsv, test.tsv and clips/ lie."""
-    if s.data == "cv11_hi":
-        folder = s.data_dir or os.getenv("CV11_HI")
-        if not folder or not Path(folder).is_dir():
-            raise Stop(f"cv11_hi is not in {folder or '--data-dir or $CV11_HI, which are empty'}; download Common Voice Corpus "
-                       "11.0, Hindi, from https://commonvoice.mozilla.org/datasets, unpack it, and give the folder that "
-                       "holds train.tsv as --data-dir")
-        return Path(folder)
-    folder = EMBEDDED.get(s.data, Path(s.data))
-    if not folder.is_dir():
-        raise Stop(f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, dev.tsv, test.tsv and clips/")
-    return folder
-
-
-def load_model(s: Settings) -> Whisper:
-    """nano, a checkpoint file, or one of OpenAI's models by name (whisper.load_model fetches it once)."""
-    path = EMBEDDED.get(s.model, Path(s.model))
-    names = whisper.available_models()
-    if not path.is_file() and s.model not in names:
-        raise Stop(f"--model {s.model} is neither nano, nor a file, nor one of {', '.join(names)}")
-    try:
-        model = prune.load(path, s.device) if path.is_file() else whisper.load_model(s.model, s.device)
-    except ValueError as error:
-        raise Stop(f"{error}; give a checkpoint that run.py or OpenAI wrote") from None
-    except (OSError, RuntimeError) as error:     # urllib's URLError is an OSError; RuntimeError: a broken download
-        raise Stop(f"the weights of {s.model} could not be fetched ({error}); download {whisper._MODELS[s.model]} into "
-                   f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model") from None
-    if s.language != "en" and not model.is_multilingual:
-        raise Stop(f"--model {s.model} knows English alone and --language is {s.language}; take the model without .en")
-    return model.eval()
-
-
-def start_folder(s: Settings) -> None:
-    """Make --out. What an earlier run left there goes only when told so."""
-    out = Path(s.out)
-    if s.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise Stop("--plot needs matplotlib, which is not installed; pip install matplotlib, or leave --plot out") from None
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        if out.is_file() or not s.overwrite:
-            raise Stop(f"--out {out} already holds something; name another, or --overwrite what an earlier run left in it")
-        for name in ("log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt"):
-            (out / name).unlink(missing_ok=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Stop(f"--out {out} cannot be made ({error}); name a folder that can be written") from None
-
-
-def say(s: Settings, text: str) -> None:
-    """To the screen and to the log."""
-    print(text, flush=True)
-    with open(Path(s.out) / "log.txt", "a", encoding="utf8") as log:
-        log.write(text + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """The whole file or the old one."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf8")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def draw(plan: prune.Plan, path: Path) -> None:
+def draw(plan: prune.Plan, file) -> None:
     """The histogram as a picture: group norms of each side and the cut of pass 1."""
     import matplotlib
     matplotlib.use("Agg")
@@ -458,87 +489,328 @@ def draw(plan: prune.Plan, path: Path) -> None:
         axis.axvline(cut, color="black", linestyle="--", label=f"cut of pass 1: {(norms < cut).double().mean():.0%} below")
         axis.set(title=f"{side}: {len(norms):,} groups", xlabel="norm / square root of size", ylabel="groups")
         axis.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, dpi=120, format="png")
 
 
-def bench(model: Whisper, s: Settings) -> None:
-    """Predicted and measured cost of stock and pruned shapes; a model in stock shapes loses half its blocks first."""
-    dense, pruned = prune.expand(model), copy.deepcopy(model)
-    if flops.parameters(model)["blocks"] == flops.parameters(dense)["blocks"]:
-        prune.remove_(pruned, prune.target(s.target or 0.5, lambda z1: prune.two_pass(pruned, z1=z1, z2=None)))
-    print(flops.table({"dense": dense, "pruned": pruned}))
-    print(f"\nMeasured on {s.device}, {torch.get_num_threads()} threads; in brackets what FLOPs and formulas predict\n"
-          "batch part     dense ms  pruned ms      speed-up      dense MB        pruned MB")
-    for batch in (1, 8):
-        mel = torch.randn(batch, model.dims.n_mels, 2 * model.dims.n_audio_ctx, device=s.device)
-        measured = flops.measure([dense, pruned], mel)
-        predicted = [flops.memory(m, 27, 4, batch, n_prompt=4) for m in (dense, pruned)]
-        for part, work in (("encoder", flops.encoder), ("greedy", lambda m: flops.greedy(m, 4, 24))):
-            ms = [1000 * row[f"{part}_seconds"] for row in measured]
-            mb = [(row[f"{part}_peak"] or 0) / 1e6 for row in measured]
-            said = [(row["encoder_fused"] if part == "encoder" else row["kv_cache"] + row["decoder_fused"]) / 1e6 for row in predicted]
-            print(f"{batch:5} {part:<8}{ms[0]:9.1f}{ms[1]:11.1f}{ms[0] / ms[1]:7.2f} ({work(dense) / work(pruned):.2f})"
-                  f"{mb[0]:9.1f} ({said[0]:5.1f}){mb[1]:8.1f} ({said[1]:5.1f})")
+# ----------------------------------------------------------------------------------------------------------------- data
+
+def read_audio(path: Path) -> np.ndarray:
+    """Mono float32 samples at 16 kHz from whatever libsndfile reads: mp3, ogg, flac, wav.
+
+    Another rate is converted in the frequency domain: the spectrum below the lower of the two Nyquist frequencies
+    goes back at the new length, which is exact for all that both rates can carry.
+    """
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (RuntimeError, OSError) as error:
+        raise Stop(f"{path} is no readable audio ({error}); replace it, or take it out of the list") from None
+    mono = samples.mean(1)
+    n = round(len(mono) * SAMPLE_RATE / rate)
+    if rate == SAMPLE_RATE or n == 0:
+        return mono
+    return (np.fft.irfft(np.fft.rfft(mono)[: n // 2 + 1], n) * (n / len(mono))).astype(np.float32)
 
 
-def run(s: Settings) -> None:
-    """The method, top to bottom: load, fine-tune, prune, recover, compare, report."""
-    model = load_model(s)
-    if s.bench:
-        return bench(model, s)
-    tokenizer = get_tokenizer(True, num_languages=model.num_languages, language=s.language, task="transcribe")
-    folder = data_folder(s)
-    clips = Clips(folder, s.split, model, tokenizer, s.limit)
-    if s.evaluate:
-        return print(table(compare({Path(s.model).stem[:8]: model}, clips, s)[0]))
-    train = Clips(folder, "train", model, tokenizer, s.limit)
-    start_folder(s)
-    torch.manual_seed(s.seed)
+class Clips(Dataset):
+    """One split of a Common Voice folder, made ready for one model: item i is (log-mel spectrogram, tokens).
 
-    clock = [time.time()]
-    dense = copy.deepcopy(model)
-    fine_tune(dense, train, s, "dense: fine-tune")
-    imp = copy.deepcopy(dense)
-    fine_tune(dense, train, recovery(s), "dense: go on")
-    clock.append(time.time())
+    What the model's window or text context cannot hold is left out, and `left_out` says how much that is.
+    """
 
-    pruned = copy.deepcopy(model)
-    plan = tspar(pruned, train, s)
-    clock.append(time.time())
+    def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, keep: bool = True):
+        table, window, context = folder / f"{split}.tsv", model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
+        try:
+            with open(table, encoding="utf8", newline="") as file:      # no quoting: a lone " is a character
+                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: limit or None]
+        except (OSError, UnicodeDecodeError) as error:
+            raise Stop(f"{table} cannot be read ({error}); a folder like Common Voice's is needed: train.tsv, "
+                       "dev.tsv, test.tsv, clips/") from None
+        need(rows and all(row.get("path") and row.get("sentence") is not None for row in rows),
+             f"{table} has {len(rows)} rows with the columns {list(rows[0]) if rows else []}; it needs at least one row, "
+             "and in each a path and a sentence, tab-separated, named in the first line")
+        start = [*tokenizer.sot_sequence_including_notimestamps]
+        self.n_start, self.n_mels, self.n_frames = len(start), model.dims.n_mels, 2 * model.dims.n_audio_ctx
+        self.paths, self.sentences, self.tokens, long, wordy = [], [], [], 0, 0
+        for row in rows:
+            path, text = folder / "clips" / row["path"], row["sentence"].strip()
+            need(not os.path.isabs(row["path"]) and not os.path.normpath(row["path"]).startswith(".."),
+                 f"{table} names {row['path']}, outside of {folder / 'clips'}; a path must stay inside")
+            tokens = start + tokenizer.encode(" " + text) + [tokenizer.eot]
+            try:
+                seconds = soundfile.info(path).duration      # a broken clip shows now, not after an hour
+            except (RuntimeError, OSError) as error:
+                raise Stop(f"{path} is no readable audio ({error}); replace it, or take its row out of {table}") from None
+            long, wordy = long + (seconds > window), wordy + (len(tokens) - 1 > context)
+            if seconds <= window and len(tokens) - 1 <= context:
+                self.paths, self.sentences, self.tokens = self.paths + [path], self.sentences + [text], self.tokens + [tokens]
+        need(self.paths, f"no clip of {table} fits the model's window of {window:g} s and {context} tokens; take another model")
+        self.left_out = f"{long} over {window:g} s and {wordy} over {context} tokens left out" if long + wordy else ""
+        self.mels: dict[int, torch.Tensor] | None = {} if keep else None
 
-    left = flops.parameters(pruned)["blocks_nonzero"] / flops.parameters(model)["blocks"]
-    iterative_magnitude(imp, train, s, 1 - left)
-    clock.append(time.time())
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    models = {"original": model, "dense": dense, "tspar": pruned, "imp": imp}
-    for name in ("dense", "tspar", "imp"):
-        prune.save(models[name], Path(s.out) / f"{name}.pt")
-    rows, texts = compare(models, clips, s)
-    clock.append(time.time())
+    def n_targets(self, i: int) -> int:
+        """The tokens of clip i that are predicted: its text and the end."""
+        return len(self.tokens[i]) - self.n_start
 
-    say(s, f"\n{histogram(plan)}\n\n{table(rows)}\n")
-    for said, heard in list(zip(clips.sentences, texts["tspar"]))[:3]:
-        say(s, f"said   {said}\ntspar  {heard}")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
-    seconds = dict(zip(("dense", "tspar", "imp", "measure"), np.diff(clock).round(1).tolist()))
-    report = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
-              "plan": str(plan).split("\n"), "transcripts": texts}
-    write(Path(s.out) / "report.json", json.dumps(report, ensure_ascii=False, indent=1))
-    if s.plot:
-        draw(plan, Path(s.out) / "plot.png")
-    say(s, f"\nin {s.out}: report.json, log.txt, dense.pt, tspar.pt, imp.pt   ({sum(seconds.values()):.0f} s)")
+    def mel(self, i: int) -> torch.Tensor:
+        """Log-mel spectrogram (n_mels, n_frames), silence to the end; made once if kept, in half precision."""
+        if self.mels is None or i not in self.mels:
+            audio = whisper.pad_or_trim(read_audio(self.paths[i]), self.n_frames * HOP_LENGTH)
+            mel = whisper.log_mel_spectrogram(audio, self.n_mels).half()
+            if self.mels is None:
+                return mel.float()
+            self.mels[i] = mel
+        return self.mels[i].float()
+
+    def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[int]]:
+        """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in whatever process, now or resumed."""
+        mel = self.mel(key[0])
+        return augment(mel[None], np.random.default_rng(key[1:]))[0] if key[1:] else mel, self.tokens[key[0]]
+
+    def collate(self, items: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """mels (B, n_mels, n_frames), decoder inputs (B, T), targets (B, T): -100 where nothing is predicted."""
+        mels, rows = zip(*items)
+        pad = [max(map(len, rows)) - len(row) for row in rows]
+        inputs = [row[:-1] + row[-1:] * n for row, n in zip(rows, pad)]
+        targets = [[-100] * (self.n_start - 1) + row[self.n_start:] + [-100] * n for row, n in zip(rows, pad)]
+        return torch.stack(mels), torch.tensor(inputs), torch.tensor(targets)
+
+
+def augment(mels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """SpecAugment (Park et al. 2019): after a shift of up to 20 frames, 2 bands of up to 10 mels and 2 stretches of
+    up to 20 frames of each clip are set to its mean."""
+    mels = torch.stack([mel.roll(int(rng.integers(20)), -1) for mel in mels])
+    for mel in mels:
+        for axis, widest in ((0, 10), (0, 10), (1, 20), (1, 20)):
+            width = int(rng.integers(widest + 1))
+            mel.narrow(axis, int(rng.integers(mel.shape[axis] - width)), width).fill_(mel.mean())
+    return mels
+
+
+def batches(clips: Clips, s: Settings, keys: list[list[tuple]]) -> DataLoader:
+    """The batches that the keys name, decoded ahead in --workers processes."""
+    return DataLoader(clips, batch_sampler=keys, collate_fn=clips.collate, num_workers=s.workers,
+                      pin_memory=s.device != "cpu", worker_init_fn=ignore_ctrl_c)
+
+
+def ignore_ctrl_c(_: int) -> None:
+    """Stopping is the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def share(n: int, batch: int) -> list[list[tuple]]:
+    """Keys of this process's share of n clips: RANK, RANK + WORLD, ..."""
+    mine = [(i,) for i in range(RANK, n, WORLD)]
+    return [mine[i: i + batch] for i in range(0, len(mine), batch)]
+
+
+# ------------------------------------------------------------------------------------------------------ nothing is lost
+
+class State:
+    """What a phase has reached. It lies in OUT/state, whole or not at all, and --resume takes it up again."""
+
+    def __init__(self, model: Whisper, s: Settings, title: str):
+        self.path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
+        self.model, self.step, self.losses, self.best = model, 0, [], [math.inf, {}]
+        self.optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.scaler = torch.amp.GradScaler(s.device.split(":")[0], enabled=s.precision == "fp16")
+        if s.resume and self.path.is_file():
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            model.load_state_dict(saved["model"])
+            self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
+            if "optimizer" in saved:                         # a finished phase has none
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.scaler.load_state_dict(saved["scaler"])
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "step": self.step, "losses": self.losses, "best": self.best}
+        if self.optimizer:
+            state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        write(self.path, lambda file: torch.save(state, file))
+
+    def judge(self, dev: float) -> None:
+        """Keep these weights if none had a lower dev loss."""
+        if dev < self.best[0]:
+            self.best = [dev, {name: value.clone() for name, value in self.model.state_dict().items()}]
+
+    def finish(self) -> None:
+        """Take the best weights, and save them alone."""
+        if self.best[1]:
+            self.model.load_state_dict(self.best[1])
+        self.optimizer, self.best = None, [self.best[0], {}]
+        self.save()
+
+
+@contextmanager
+def undivided():
+    """Ctrl-C and SIGTERM wait until the end of the block: no half step is ever saved."""
+    came, wait = [], lambda number, frame: came.append(number)
+    before = [(number, signal.signal(number, wait)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def write(path: Path, fill) -> None:
+    """fill(file) under a temporary name, then renamed: `path` is the whole new file or the whole old one."""
+    if RANK == 0:
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                fill(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def say(s: Settings, text: str) -> None:
+    """To the screen and to the log."""
+    if RANK == 0:
+        print(text, flush=True)
+        with open(Path(s.out) / "log.txt", "a", encoding="utf8") as log:
+            log.write(text + "\n")
+
+
+def start_folder(s: Settings, model: Whisper) -> None:
+    """Make --out, or find in it what --resume goes on with. What an earlier run left goes only when told so."""
+    out, kept = Path(s.out), Path(s.out) / "settings.json"
+    free = {"resume", "overwrite", "plot", "workers", "save_every"}         # these may change when a run is resumed
+    ours = {name: value for name, value in asdict(s).items() if name not in free}
+    ours |= {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
+    if s.resume:
+        need((out / "state").is_dir() and kept.is_file(), f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
+        begun = json.loads(kept.read_text(encoding="utf8"))
+        other = [f"{name} {begun.get(name)}, not {ours[name]}" for name in ours if begun.get(name) != ours[name]]
+        return need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
+    need(not out.exists() or s.overwrite and out.is_dir() or out.is_dir() and not any(out.iterdir()),
+         f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
+    size = 4 * (10 + s.rounds) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
+    try:
+        (out / "state").mkdir(parents=True, exist_ok=True)
+        space = shutil.disk_usage(out).free
+        need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; make room, or name another")
+        for old in ["log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt", *(out / "state").iterdir()] if RANK == 0 else []:
+            (out / old).unlink(missing_ok=True)
+        write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
+    except OSError as error:
+        raise Stop(f"--out {out} cannot be written ({error}); name a folder that can") from None
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+def settings(argv: list[str] | None) -> Settings:
+    """The command line, checked as far as that goes without loading anything."""
+    parser = argparse.ArgumentParser("run.py", description=__doc__.partition("\n\n")[0])
+
+    def refuse(message: str):
+        raise Stop(f"{message}; see python run.py --help")
+    parser.error = refuse                        # one line instead of argparse's usage and message
+    for f in fields(Settings):
+        m, text = f.metadata, f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
+        typed = {"action": "store_true"} if m["kind"] is bool else {
+            "type": m["kind"], "choices": m["choices"], "metavar": None if m["choices"] else "X"}
+        typed |= {"nargs": "+"} if f.default == () else {}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **typed)
+    s = Settings(**vars(parser.parse_args(argv)))
+    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "save_every": (1, math.inf), "rounds": (1, math.inf),
+              "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
+    for f in fields(s):
+        value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
+        need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, and is refused too
+             f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
+    need(s.language in LANGUAGES, f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
+    need(not s.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    need(not (s.resume and s.overwrite), "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
+    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Stop(f"--device {device} cannot be used ({str(error).splitlines()[0]}); take cpu, or a machine with cuda") from None
+    need(s.precision != "fp16" or device != "cpu", "--precision fp16 needs --device cuda; on a cpu take fp32 or bf16")
+    return replace(s, device=device, precision=s.precision or ("fp32" if device == "cpu" else "bf16"),
+                   out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
+
+
+def completed(s: Settings, model: Whisper) -> Settings:
+    """Settings with the defaults that depend on the model (RECIPES)."""
+    nano = model.dims.n_audio_state == 128
+    lr, steps, batch = RECIPES.get(model.dims.n_audio_state, (1e-5, 2000, 16))
+    lr, steps = s.lr or lr, steps if s.steps is None else s.steps
+    given = {name: value for name, value in asdict(s).items() if value is not None}
+    return Settings(**{"lr": lr, "steps": steps, "recovery_steps": steps, "recovery_lr": lr, "batch": batch,
+                       "workers": 0 if nano else min(8, os.cpu_count()), "eval_every": 0 if nano else 250} | given)
+
+
+def data_folder(s: Settings) -> Path:
+    """Where train.tsv, dev.tsv, test.tsv and clips/ lie."""
+    folder = Path(s.data_dir or os.getenv("CV11_HI") or "nowhere") if s.data == "cv11_hi" else EMBEDDED.get(s.data, Path(s.data))
+    need(folder.is_dir() or s.data != "cv11_hi", f"cv11_hi is not in {folder}; get Common Voice Corpus 11.0, Hindi, from Mozilla, "
+         "unpack it, and give the folder that holds train.tsv as --data-dir or $CV11_HI")
+    need(folder.is_dir(), f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, dev.tsv, test.tsv and clips/")
+    return folder
+
+
+def load_model(s: Settings) -> Whisper:
+    """nano, a checkpoint file, or one of OpenAI's models by name (whisper.load_model fetches it once)."""
+    path, names = EMBEDDED.get(s.model, Path(s.model)), whisper.available_models()
+    need(path.is_file() or s.model in names, f"--model {s.model} is neither nano, nor a file, nor one of {', '.join(names)}")
+    try:
+        model = prune.load(path, s.device) if path.is_file() else whisper.load_model(s.model, s.device)
+    except ValueError as error:
+        raise Stop(f"{error}; give a checkpoint that run.py or OpenAI wrote") from None
+    except (OSError, RuntimeError) as error:     # urllib's URLError is an OSError; RuntimeError: a broken download
+        raise Stop(f"the weights of {s.model} could not be fetched ({error}); download {whisper._MODELS[s.model]} into "
+                   f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model") from None
+    need(s.language == "en" or model.is_multilingual,
+         f"--model {s.model} knows English alone and --language is {s.language}; take the model without .en")
+    return model.eval()
+
+
+def estimate(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
+    """What is about to be done, and what it will take, before the first step."""
+    for split, some in clips.items():
+        say(s, f"{split:<6}{len(some):>6,} clips   {some.left_out}".rstrip())
+    n = round(np.mean([len(tokens) - 1 for tokens in clips["train"].tokens]))
+    step, steps = s.batch * s.accumulate * WORLD, 2 * s.steps + 3 * s.recovery_steps
+    work = steps * step * flops.training(model, n) * (4 / 3 if s.checkpointing else 1)
+    size = 1024 if s.device == "cpu" else 8192
+    with torch.inference_mode(), autocast(s):
+        x = torch.randn(size, size, device=s.device)
+        rate = 2 * size ** 3 / min(flops._seconds(lambda: x @ x, x.device) for _ in range(5))
+    memory = flops.training_memory(model, n, s.batch, 4 if s.precision == "fp32" else 2, s.checkpointing)
+    say(s, f"{steps:,} steps of {step} clips: {work / 1e12:,.1f} TFLOP. At the {rate * WORLD / 1e9:,.0f} GFLOP/s of a large matrix "
+           f"product {work / rate / WORLD / 60:,.1f} min; expect 2 to 4 times as much.\n"
+           f"Memory to train in: {memory / 1e9:.2f} GB{' on each device' * (WORLD > 1)}, {s.precision} activations.\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when done; 2 and one line on stderr for bad input."""
+    """0 when done; 2 and one line on stderr for bad input, 1 for what failed on the way, 130 when interrupted."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        run(settings(argv))
+        s = settings(argv)
+        if WORLD > 1:
+            torch.cuda.set_device(s.device) if s.device != "cpu" else None
+            dist.init_process_group("nccl" if s.device != "cpu" else "gloo")
+        run(s)
     except Stop as stop:
         print(f"run.py: {' '.join(str(stop).split())}", file=sys.stderr)
-        return 2
+        return stop.code
     except KeyboardInterrupt:
-        print("run.py: stopped", file=sys.stderr)
+        print("run.py: stopped; the same command with --resume goes on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

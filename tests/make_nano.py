@@ -8,7 +8,7 @@ works on nano works on Whisper-small by the same code. What it knows is mini_hi:
 
 Two things make it learn in minutes. An auxiliary CTC loss on the encoder (thrown away afterwards): without it, attention
 takes far longer to align audio and text. And the tokens that never occur share one embedding row, so that the
-softmax costs 76 rows instead of 51,865 and is still exact (run.py, shared_rows).
+softmax costs 76 rows instead of 51,865 and is still exact (run.py, Objective).
 """
 import argparse
 import math
@@ -24,7 +24,7 @@ import whisper
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from run import Clips, augment, shared_rows
+from run import Clips, Objective, augment
 
 DATA = Path(__file__).resolve().parent / "data"
 DIMS = whisper.model.ModelDimensions(80, 150, 128, 4, 3, 51865, 128, 128, 4, 2)
@@ -45,7 +45,7 @@ def fresh(clips: Clips, seed: int) -> whisper.model.Whisper:
 def train(model: whisper.model.Whisper, clips: Clips, steps: int, seed: int, lr: float = 3e-3, batch: int = 16) -> None:
     """AdamW (0.9, 0.98), 100 steps of warm-up, cosine down to 2%, gradients clipped to 1."""
     rng = np.random.default_rng(seed)
-    with shared_rows(model) as (cross_entropy, row_of):
+    with Objective(model) as objective:
         n_rows = model.decoder.token_embedding.num_embeddings
         head = torch.nn.Linear(DIMS.n_audio_state, n_rows + 1)          # CTC over the rows that occur, blank last
         parameters = [*model.parameters(), *head.parameters()]
@@ -57,11 +57,11 @@ def train(model: whisper.model.Whisper, clips: Clips, steps: int, seed: int, lr:
             if len(order) < batch:
                 order = rng.permutation(len(clips)).tolist()
             chosen, order = order[:batch], order[batch:]
-            mels, inputs, targets = clips.batch(chosen)
+            mels, inputs, targets = clips.collate([clips[i,] for i in chosen])
             audio = model.encoder(augment(mels, rng))
-            loss = cross_entropy(inputs, targets, audio)
+            loss = objective.of_text(audio, inputs, targets) / targets.ge(0).sum()
             spoken = [torch.tensor(clips.tokens[i][clips.n_start:-1]) for i in chosen]
-            ctc = F.ctc_loss(head(audio).log_softmax(-1).transpose(0, 1), row_of[torch.cat(spoken)],
+            ctc = F.ctc_loss(head(audio).log_softmax(-1).transpose(0, 1), objective.row_of[torch.cat(spoken)],
                              torch.full((batch,), audio.shape[1]), torch.tensor([*map(len, spoken)]), blank=n_rows)
             optimizer.zero_grad()
             (loss + ctc).backward()

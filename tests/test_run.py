@@ -63,7 +63,7 @@ def test_resampling_keeps_a_tone(tmp_path):
 def test_batch_predicts_the_text_and_its_end(nano):
     """Every text token and the final end-of-text is a target once; prompt and padding never are."""
     clips = run.Clips(MINI, "dev", nano, TOKENIZER, limit=5)
-    mels, inputs, targets = clips.batch([0, 1, 2, 3, 4])
+    mels, inputs, targets = clips.collate([clips[i,] for i in range(5)])
     assert mels.shape == (5, 80, 300) and inputs.shape == targets.shape
     for row_in, row_out, text in zip(inputs.tolist(), targets.tolist(), clips.sentences):
         spoken = TOKENIZER.encode(" " + text)
@@ -72,15 +72,16 @@ def test_batch_predicts_the_text_and_its_end(nano):
         assert row_out[3] == spoken[0], "the last token of the prompt predicts the first of the text"
 
 
-def test_shared_rows_is_the_stock_softmax(nano):
+def test_objective_is_the_stock_softmax(nano):
     """72 rows and log-counts give the cross-entropy of the 51,865-way softmax; afterwards every token has its row."""
     before = nano.decoder.token_embedding.weight.detach().clone()
-    mels, inputs, targets = run.Clips(MINI, "dev", nano, TOKENIZER, limit=4).batch([0, 1, 2, 3])
+    clips = run.Clips(MINI, "dev", nano, TOKENIZER, limit=4)
+    mels, inputs, targets = clips.collate([clips[i,] for i in range(4)])
     with torch.no_grad():
-        stock = F.cross_entropy(nano(mels, inputs).flatten(0, 1), targets.flatten())
-        with run.shared_rows(nano) as (cross_entropy, row_of):
-            assert row_of.max() < 100
-            ours = cross_entropy(inputs, targets, nano.encoder(mels))
+        stock = F.cross_entropy(nano(mels, inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+        with run.Objective(nano) as objective:
+            assert objective.row_of.max() < 100
+            ours = objective(mels, inputs, targets)
     assert torch.allclose(stock, ours, rtol=1e-4)
     assert torch.equal(before, nano.decoder.token_embedding.weight)
 
@@ -147,7 +148,7 @@ def test_report_holds_what_the_table_shows(finished):
 def test_checkpoints_give_the_reported_transcripts(finished):
     """tspar.pt by prune.load, dense.pt by stock whisper.load_model: both say again what report.json quotes."""
     report = json.loads((finished / "report.json").read_text(encoding="utf8"))
-    s = run.settings(["--limit", "12"])
+    s = run.completed(run.settings(["--limit", "12"]), prune.load(NANO))
     for name, load in (("tspar", prune.load), ("dense", whisper.load_model)):
         model = load(str(finished / f"{name}.pt"), "cpu").eval()
         assert run.transcribe(model, run.Clips(MINI, "test", model, TOKENIZER, 12), s) == report["transcripts"][name]
@@ -171,11 +172,12 @@ def test_other_ways_through(tmp_path, capsys):
 
 def test_zeros_stay_zero_in_recovery(nano, tmp_path):
     """Weights that are zero when a phase starts are zero when it ends; the others move."""
-    s = run.settings(["--steps", "3", "--batch", "2", "--out", str(tmp_path)])
     model = prune.load(NANO)
+    s = run.completed(run.settings(["--steps", "3", "--batch", "2", "--out", str(tmp_path)]), model)
+    (tmp_path / "state").mkdir()
     prune.magnitude_(model, 0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2}
-    run.fine_tune(model, run.Clips(MINI, "train", model, TOKENIZER, 4), s, "recover")
+    run.fine_tune(model, {"train": run.Clips(MINI, "train", model, TOKENIZER, 4)}, s, "recover")
     after = dict(model.named_parameters())
     assert all((after[name][old == 0] == 0).all() and not torch.equal(after[name], old) for name, old in before.items())
 
