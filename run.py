@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import unicodedata
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -154,7 +155,9 @@ def run(s: Settings) -> None:
         rows, _ = compare({Path(s.model).stem[:8]: model}, test, s)
         return print(table(rows)) if RANK == 0 else None
     clips = {split: Clips(folder, split, model, tokenizer, s.limit, keep=s.workers == 0) for split in ("train", "dev")}
-    start_folder(s, model)
+    if RANK == 0:
+        start_folder(s, model)
+    summed(0, s)                                 # the others wait; if process 0 stops here, torchrun stops them all
     estimate(model, clips | {s.split: test}, s)
 
     clock = [time.time()]
@@ -680,7 +683,7 @@ def say(s: Settings, text: str) -> None:
 def start_folder(s: Settings, model: Whisper) -> None:
     """Make --out, or find in it what --resume goes on with. What an earlier run left goes only when told so."""
     out, kept = Path(s.out), Path(s.out) / "settings.json"
-    free = {"resume", "overwrite", "plot", "workers", "save_every"}         # these may change when a run is resumed
+    free = {"resume", "overwrite", "plot", "workers", "save_every", "transcribe"}     # these may change when a run is resumed
     ours = {name: value for name, value in asdict(s).items() if name not in free}
     ours |= {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
     if s.resume:
@@ -695,7 +698,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
         (out / "state").mkdir(parents=True, exist_ok=True)
         space = shutil.disk_usage(out).free
         need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; make room, or name another")
-        for old in ["log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt", *(out / "state").iterdir()] if RANK == 0 else []:
+        for old in ["log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt", *(out / "state").resolve().iterdir()]:
             (out / old).unlink(missing_ok=True)
         write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
     except OSError as error:
@@ -798,6 +801,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s = settings(argv)
         if WORLD > 1:
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)      # what replaces it came with torch 2.13
             torch.cuda.set_device(s.device) if s.device != "cpu" else None
             dist.init_process_group("nccl" if s.device != "cpu" else "gloo")
         run(s)

@@ -1,8 +1,14 @@
 """run.py: the data it reads, the numbers it reports, the whole run with a handful of steps, and bad input."""
 import json
+import os
+import random
 import re
+import resource
 import shlex
-import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +24,7 @@ import run
 ROOT = Path(run.__file__).resolve().parent
 MINI, NANO = ROOT / "tests/data/mini_hi", ROOT / "tests/data/nano.pt"
 TOKENIZER = whisper.tokenizer.get_tokenizer(True, language="hi", task="transcribe")
-QUICK = ["--steps", "3", "--recovery-steps", "3", "--rounds", "2", "--limit", "12", "--batch", "4"]
+QUICK = ["--steps", "3", "--recovery-steps", "3", "--rounds", "2", "--limit", "8", "--batch", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +154,10 @@ def test_report_holds_what_the_table_shows(finished):
 def test_checkpoints_give_the_reported_transcripts(finished):
     """tspar.pt by prune.load, dense.pt by stock whisper.load_model: both say again what report.json quotes."""
     report = json.loads((finished / "report.json").read_text(encoding="utf8"))
-    s = run.completed(run.settings(["--limit", "12"]), prune.load(NANO))
+    s = run.completed(run.settings(["--limit", "8"]), prune.load(NANO))
     for name, load in (("tspar", prune.load), ("dense", whisper.load_model)):
         model = load(str(finished / f"{name}.pt"), "cpu").eval()
-        assert run.transcribe(model, run.Clips(MINI, "test", model, TOKENIZER, 12), s) == report["transcripts"][name]
+        assert run.transcribe(model, run.Clips(MINI, "test", model, TOKENIZER, 8), s) == report["transcripts"][name]
 
 
 def test_same_seed_same_result(finished, tmp_path):
@@ -188,6 +194,230 @@ def test_common_voice_folder(tmp_path, monkeypatch, capsys):
     assert run.main(["--data", "cv11_hi", "--evaluate"]) == 0
     wer = float(capsys.readouterr().out.split("\n")[3].split()[7])
     assert wer < 30
+
+
+# ---- interrupted, spread out, cut up: the same result
+
+def in_child(arguments: list[str], before=lambda: None) -> int:
+    """run.main in a forked process, one thread, after before(); its pid. Equal bits need equal threads."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.set_num_threads(1)
+        before()
+        code = run.main(arguments)
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """The exit code of a child, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    """All three models and all transcripts of two runs are equal."""
+    texts = [json.loads((folder / "report.json").read_text(encoding="utf8"))["transcripts"] for folder in (a, b)]
+    return texts[0] == texts[1] and all(
+        first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+        for first, second in ((weights(a / f"{name}.pt"), weights(b / f"{name}.pt")) for name in ("dense", "tspar", "imp")))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run of 3 + 3 steps with dev losses, on one thread, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert ended(in_child([*QUICK, "--eval-every", "2", "--out", str(out)])) == 0
+    return out
+
+
+def kill_at(call: int):
+    """Kill the process, without warning, in its call-th backward pass."""
+    calls, backward = [], run.backward
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(*arguments)
+    run.backward = counted
+
+
+def test_killed_in_every_phase_and_resumed(uninterrupted, tmp_path):
+    """Each time the run has come two steps further it is killed, in all six phases: the end is the same, bit for bit."""
+    arguments = [*QUICK, "--eval-every", "2", "--save-every", "1", "--out", str(tmp_path / "out")]
+    assert ended(in_child(arguments, lambda: kill_at(3))) == -signal.SIGKILL
+    phases = set()
+    for _ in range(20):
+        phases |= {path.name for path in (tmp_path / "out/state").glob("*.pt")}
+        code = ended(in_child([*arguments, "--resume"], lambda: kill_at(3)))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert len(phases) == 6 and same_bits(uninterrupted, tmp_path / "out")
+    assert not (tmp_path / "out/state").exists()
+
+
+def test_no_partial_file_after_random_kills(uninterrupted, tmp_path):
+    """Twenty kills at random moments: every file that has its final name is whole each time, and the run ends the same."""
+    out, rng, kills = tmp_path / "out", random.Random(0), 0
+    arguments = [*QUICK, "--eval-every", "2", "--save-every", "1", "--out", str(out)]
+    while kills < 20:
+        pid = in_child([*arguments, "--resume"] if (out / "settings.json").exists() else [*arguments, "--overwrite"])
+        time.sleep(rng.uniform(0.2, 1))
+        os.kill(pid, signal.SIGKILL)
+        kills += ended(pid) == -signal.SIGKILL
+        for path in out.rglob("*"):
+            if path.suffix == ".pt":
+                torch.load(path, weights_only=True)
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf8"))
+        if (out / "report.json").exists() and not (out / "state").exists():
+            assert same_bits(uninterrupted, out)
+            (out / "settings.json").unlink()               # begin again, until twenty are reached
+    resume = "--resume" if (out / "settings.json").exists() else "--overwrite"
+    assert ended(in_child([*arguments, resume])) == 0 and same_bits(uninterrupted, out)
+
+
+def test_ctrl_c_keeps_the_last_step(uninterrupted, tmp_path):
+    """SIGTERM, later Ctrl-C, in the middle of a step: it is finished and saved, exit code 130, and --resume ends the same."""
+    out = tmp_path / "out"
+    arguments = [*QUICK, "--eval-every", "2", "--out", str(out)]
+
+    def in_second_step(number: int) -> None:
+        calls, backward = [], run.backward
+        run.backward = lambda *a: (calls.append(1), os.kill(os.getpid(), number) if len(calls) == 2 else None, backward(*a))[2]
+    assert ended(in_child(arguments, lambda: in_second_step(signal.SIGTERM))) == 130
+    assert torch.load(out / "state/dense-fine-tune.pt", weights_only=True)["step"] == 2
+    assert ended(in_child([*arguments, "--resume"], lambda: in_second_step(signal.SIGINT))) == 130
+    assert torch.load(out / "state/dense-go-on.pt", weights_only=True)["step"] == 1
+    assert ended(in_child([*arguments, "--resume"])) == 0 and same_bits(uninterrupted, out)
+
+
+def test_full_disk_leaves_the_last_state(tmp_path, capfd):
+    """When a state cannot be written the run stops with one line and exit code 1; the state before it is whole."""
+    out = tmp_path / "out"
+
+    def disk_fills_up():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        write, calls = run.write, []
+
+        def full(path, fill):
+            calls.append(path)
+            if len(calls) == 3:                             # settings, first step, second step
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
+            write(path, fill)
+        run.write = full
+    assert ended(in_child([*QUICK, "--save-every", "1", "--out", str(out)], disk_fills_up)) == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "--resume" in err and "Traceback" not in err
+    assert [path.name for path in (out / "state").iterdir()] == ["dense-fine-tune.pt"]
+    assert torch.load(out / "state/dense-fine-tune.pt", weights_only=True)["step"] == 1
+
+
+def test_loss_that_is_not_a_number(nano, tmp_path, capsys):
+    """A weight that is NaN from the start: one line, exit code 1, no state of the step that failed."""
+    broken = prune.load(NANO)
+    broken.encoder.conv1.bias.data[0] = float("nan")
+    prune.save(broken, tmp_path / "nan.pt")
+    assert run.main([*QUICK, "--model", str(tmp_path / "nan.pt"), "--out", str(tmp_path / "out")]) == 1
+    assert re.fullmatch(r"run.py: the loss is nan in step 1.*\n", capsys.readouterr().err)
+    assert not list((tmp_path / "out/state").iterdir())
+
+
+def test_a_killed_decoding_process_is_one_line(tmp_path, capfd):
+    """A DataLoader process that dies takes the run down with one line and exit code 1."""
+    def die():
+        run.read_audio = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    assert ended(in_child([*QUICK, "--workers", "1", "--out", str(tmp_path / "out")], die)) == 1
+    err = [line for line in capfd.readouterr().err.split("\n") if line.startswith("run.py: ")]
+    assert len(err) == 1 and "worker" in err[0]
+
+
+GENTLE = ["--lr", "3e-5", "--steps", "3", "--recovery-steps", "3", "--rounds", "1", "--limit", "12"]
+
+
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+    """torchrun with two gloo processes of 4 clips ends with the weights of one process with 8, and its report."""
+    assert ended(in_child([*GENTLE, "--batch", "8", "--out", str(tmp_path / "one")])) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
+    subprocess.run([*torchrun, *GENTLE, "--batch", "4", "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
+                   capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for name in ("dense", "tspar"):
+        one, two = weights(tmp_path / "one" / f"{name}.pt"), weights(tmp_path / "two" / f"{name}.pt")
+        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
+    reports = [json.loads((tmp_path / which / "report.json").read_text(encoding="utf8")) for which in ("one", "two")]
+    assert reports[0]["transcripts"]["dense"] == reports[1]["transcripts"]["dense"], "sharded, gathered, in order"
+
+
+def test_accumulation_and_checkpointing_change_no_gradient(tmp_path):
+    """Four batches of 2 with every block computed twice take the step of one batch of 8."""
+    model = prune.load(NANO)
+    data = {"train": run.Clips(MINI, "train", model, TOKENIZER, 12)}
+    results = []
+    for i, extra in enumerate((["--batch", "8"], ["--batch", "2", "--accumulate", "4", "--checkpointing"])):
+        s = run.completed(run.settings([*GENTLE, *extra, "--out", str(tmp_path / str(i))]), model)
+        (tmp_path / str(i) / "state").mkdir(parents=True)
+        results.append(prune.load(NANO))
+        run.fine_tune(results[-1], data, s, "test")
+    assert max((a - b).abs().max().item() for a, b in zip(*(m.parameters() for m in results))) < 1e-5
+    assert not any("forward" in vars(block) for block in results[1].encoder.blocks), "checkpointing leaves no trace"
+
+
+def test_activations_in_bf16_weights_in_float32(tmp_path):
+    """Under autocast the model trains, stays float32, and is close to the float32 step but not equal to it."""
+    model = prune.load(NANO)
+    data = {"train": run.Clips(MINI, "train", model, TOKENIZER, 12)}
+    results = []
+    for precision in ("fp32", "bf16"):
+        s = run.completed(run.settings([*GENTLE, "--batch", "8", "--precision", precision, "--out", str(tmp_path / precision)]), model)
+        (tmp_path / precision / "state").mkdir(parents=True)
+        results.append(prune.load(NANO))
+        run.fine_tune(results[-1], data, s, "test")
+    a, b = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in results)
+    assert b.dtype == torch.float32 and not torch.equal(a, b) and (a - b).abs().max() < 1e-3
+
+
+def test_best_dev_loss_is_kept(nano, tmp_path, monkeypatch):
+    """Of dev losses 3, 1, 2 the second wins: the phase ends with the weights it had then. With a penalty, the last count."""
+    s = run.completed(run.settings([*GENTLE, "--batch", "2", "--eval-every", "1", "--out", str(tmp_path)]), nano)
+    (tmp_path / "state").mkdir()
+    data = {split: run.Clips(MINI, split, nano, TOKENIZER, 4) for split in ("train", "dev")}
+    for title, penalty, best in (("a", None, 1), ("b", run.SparseGroupLasso(prune.units(nano), 0, 0, 0, 0), 2)):
+        model, seen, losses = prune.load(NANO), [], iter((3.0, 1.0, 2.0))
+        monkeypatch.setattr(run, "dev_loss", lambda *_: next(losses))
+        monkeypatch.setattr(run.State, "save", lambda state: None)
+        step = torch.optim.AdamW.step
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (step(self, *a), seen.append(model.encoder.conv1.weight.detach().clone())))
+        run.fine_tune(model, data, s, title, penalty)
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        assert torch.equal(model.encoder.conv1.weight, seen[best])
+
+
+def test_decoding_processes_change_nothing(nano):
+    """Two workers deliver the clips that the main process would have made, augmentation included."""
+    clips, keys = run.Clips(MINI, "train", nano, TOKENIZER, 6, keep=False), [[(0, 0, 7), (3, 0, 8)], [(5,)]]
+    for ours, theirs in zip(*(list(run.batches(clips, run.replace(run.Settings(workers=n), device="cpu"), keys)) for n in (0, 2))):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert not torch.equal(clips[0, 0, 7][0], clips[0,][0]) and torch.equal(clips[0, 0, 7][0], clips[0, 0, 7][0])
+
+
+def test_transcribe_files(tmp_path, capsys):
+    """A clip, and the same clip twice with a second of silence between, longer than nano's window: the text, once and twice."""
+    clips = run.Clips(MINI, "test", prune.load(NANO), TOKENIZER, 1)
+    audio = run.read_audio(clips.paths[0])
+    soundfile.write(tmp_path / "once.wav", audio, 16000)
+    soundfile.write(tmp_path / "twice.flac", np.concatenate([np.pad(audio, (0, 48000 - len(audio))), audio]), 16000)
+    assert run.main(["--transcribe", str(tmp_path / "once.wav"), str(tmp_path / "twice.flac")]) == 0
+    once, twice = [line.split("\t")[1] for line in capsys.readouterr().out.strip().split("\n")]
+    assert run.normalize(once) == run.normalize(clips.sentences[0]) and twice == f"{once} {once}"
 
 
 # ---- bad input
