@@ -105,7 +105,7 @@ class Settings:
     batch: int = flag(None, "clips a step and process (nano 8, others 16)", kind=int)
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
     lr: float = flag(None, "learning rate of the first phase (nano 3e-3, small 1.25e-5, medium 6.25e-6)", kind=float)
-    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)", kind=float)
+    recovery_lr: float = flag(None, "learning rate of the second phase (a third of --lr)", kind=float)
     sgl: str = flag("loss", "loss adds the penalty's gradient, prox takes the proximal step", "loss", "prox")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     l1_encoder: float = flag(2.2e-5, "strength on single weights: higher makes them smaller")
@@ -380,7 +380,7 @@ def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list
     """One row a model, and all transcripts. FLOPs: encoder and greedy decoding of a clip whose text has mean length;
     memory: weights, cache and activations then, at 4 bytes a value; latency: encoder, one clip."""
     n_new = round(np.mean([*map(clips.n_targets, range(len(clips)))]))
-    latency = flops.measure([*models.values()] if RANK == 0 else [], clips.mel(0)[None].to(s.device))
+    latency = flops.measure([*models.values()] if RANK == 0 else [], clips.mel(0)[None].to(s.device), n_new=1)
     clean, rows, texts = normalizer(s.language), [], {"reference": clips.sentences}
     for i, (name, model) in enumerate(models.items()):
         texts[name] = transcribe(model, clips, s)
@@ -695,9 +695,9 @@ def start_folder(s: Settings, model: Whisper) -> None:
          f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
     size = 4 * (10 + s.rounds) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
     try:
-        (out / "state").mkdir(parents=True, exist_ok=True)
-        space = shutil.disk_usage(out).free
+        space = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
         need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; make room, or name another")
+        (out / "state").mkdir(parents=True, exist_ok=True)
         for old in ["log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt", *(out / "state").resolve().iterdir()]:
             (out / old).unlink(missing_ok=True)
         write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
@@ -747,7 +747,7 @@ def completed(s: Settings, model: Whisper) -> Settings:
     lr, steps, batch = RECIPES.get(model.dims.n_audio_state, (1e-5, 2000, 16))
     lr, steps = s.lr or lr, steps if s.steps is None else s.steps
     given = {name: value for name, value in asdict(s).items() if value is not None}
-    return Settings(**{"lr": lr, "steps": steps, "recovery_steps": steps, "recovery_lr": lr, "batch": batch,
+    return Settings(**{"lr": lr, "steps": steps, "recovery_steps": steps, "recovery_lr": lr / 3, "batch": batch,
                        "workers": 0 if nano else min(8, os.cpu_count()), "eval_every": 0 if nano else 250} | given)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import whisper
 
 import prune
 import run
+from rehearse import common_voice, rehearse
 
 ROOT = Path(run.__file__).resolve().parent
 MINI, NANO = ROOT / "tests/data/mini_hi", ROOT / "tests/data/nano.pt"
@@ -39,21 +41,6 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "quick"
     assert run.main([*QUICK, "--out", str(out)]) == 0
     return out
-
-
-def common_voice(folder: Path, rows: int = 3) -> Path:
-    """A folder as Common Voice unpacks it: 48 kHz mp3, tab-separated tables with all their columns."""
-    (folder / "clips").mkdir(parents=True)
-    lines = (MINI / "test.tsv").read_text(encoding="utf8").split("\n")[: rows + 1]
-    for line in lines[1:]:
-        name = line.split("\t")[1]
-        samples, _ = soundfile.read(MINI / "clips" / name)
-        spectrum = np.zeros(3 * len(samples) // 2 + 1, complex)
-        spectrum[: len(samples) // 2 + 1] = np.fft.rfft(samples)
-        soundfile.write(folder / "clips" / name.replace(".ogg", ".mp3"), 3 * np.fft.irfft(spectrum, 3 * len(samples)), 48000)
-    for split in ("train", "dev", "test"):
-        (folder / f"{split}.tsv").write_text("\n".join(lines).replace(".ogg", ".mp3") + "\n", encoding="utf8")
-    return folder
 
 
 # ---- data
@@ -420,6 +407,14 @@ def test_transcribe_files(tmp_path, capsys):
     assert run.normalize(once) == run.normalize(clips.sentences[0]) and twice == f"{once} {once}"
 
 
+def test_rehearsal_on_tiny(tmp_path, capsys):
+    """Tiny's real dimensions, OpenAI's file format, 48 kHz mp3: two steps of every phase, interrupted and resumed."""
+    out = rehearse("tiny", tmp_path, 1, ["--limit", "1", "--workers", "1"])
+    rows = json.loads((out / "report.json").read_text(encoding="utf8"))["models"]
+    assert [row["name"] for row in rows] == ["original", "dense", "tspar", "imp"] and rows[0]["parameters"] == 37_184_640
+    assert "dev " in (out / "log.txt").read_text(encoding="utf8")
+
+
 # ---- bad input
 
 def broken(tmp_path: Path, what: str) -> list[str]:
@@ -440,6 +435,12 @@ def broken(tmp_path: Path, what: str) -> list[str]:
         clip.unlink()
     elif what == "bad clip":
         clip.write_bytes(b"no audio")
+    elif what in ("outside", "absolute"):
+        table.write_text(text.replace("\tmini", "\t../../mini" if what == "outside" else "\t/mini", 1), encoding="utf8")
+    elif what == "nothing fits":
+        table.write_text("\n".join(line.replace("।", "।" * 300) for line in text.split("\n")), encoding="utf8")
+    elif what == "not utf-8":
+        table.write_bytes(text.encode("utf-16"))
     return ["--data", str(folder)]
 
 
@@ -450,7 +451,11 @@ def broken(tmp_path: Path, what: str) -> list[str]:
     (["--device", "toaster"], "toaster"), (["--sgl", "none"], "none"), (["--nonsense"], "--nonsense"),
     (["--data", "cv11_hi", "--data-dir", "nowhere"], "nowhere"),
     ("checkpoint", "bad.pt"), ("no table", "train.tsv"), ("no column", "sentence"), ("empty", "0 rows"),
-    ("no clip", ".mp3"), ("bad clip", ".mp3")])
+    ("no clip", ".mp3"), ("bad clip", ".mp3"), ("outside", "stay inside"), ("absolute", "stay inside"), ("nothing fits", "no clip"),
+    ("not utf-8", "train.tsv"), (["--resume"], "no interrupted run"), (["--resume", "--overwrite"], "--overwrite"),
+    (["--precision", "fp16", "--device", "cpu"], "fp16"), (["--transcribe", "missing.wav"], "missing.wav"),
+    (["--accumulate", "0"], "--accumulate"), (["--save-every", "0"], "--save-every"), (["--workers", "-1"], "--workers"),
+    (["--model", str(MINI / "test.tsv")], "test.tsv")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, names, tmp_path, capsys):
     """What came is named, in one line on stderr, nothing on stdout, before anything is trained or written."""
     arguments = broken(tmp_path, arguments) if isinstance(arguments, str) else arguments
@@ -458,6 +463,40 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, names, tmp_path, capsy
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and names in err and err.startswith("run.py: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_resume_of_another_run(tmp_path, capsys):
+    """--resume with other settings or another model: what differs is named, the interrupted state is untouched."""
+    out = tmp_path / "out"
+    assert ended(in_child([*QUICK, "--save-every", "1", "--out", str(out)], lambda: kill_at(2))) == -signal.SIGKILL
+    other = prune.load(NANO)
+    prune.mask_(other, prune.two_pass(other, z1=0))
+    prune.save(other, tmp_path / "nano.pt")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for extra, named in ((["--seed", "1"], "seed 0, not 1"), (["--model", str(tmp_path / "nano.pt")], "model nano, not"), (["--batch", "2"], "batch 4, not 2")):
+        assert run.main([*QUICK, *extra, "--out", str(out), "--resume"]) == 2
+        err = capsys.readouterr().err
+        assert named in err and err.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_too_little_room_is_said_before_training(tmp_path, monkeypatch, capsys):
+    """A disk that cannot hold the states: exit code 2 before the first step."""
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 ** 6))
+    assert run.main([*QUICK, "--out", str(tmp_path / "out")]) == 2
+    assert "0.0 GB left" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_clips_that_do_not_fit_are_counted(nano, tmp_path, capsys):
+    """One clip longer than the window, one sentence longer than the text context: left out, and said."""
+    folder = common_voice(tmp_path / "cv", rows=4)
+    lines = (folder / "test.tsv").read_text(encoding="utf8").split("\n")
+    soundfile.write(folder / "clips" / lines[2].split("\t")[1], np.zeros(4 * 48000), 48000)
+    lines[3] = lines[3].replace(lines[3].split("\t")[2], "नमस्ते " * 100)
+    (folder / "test.tsv").write_text("\n".join(lines), encoding="utf8")
+    clips = run.Clips(folder, "test", nano, TOKENIZER)
+    assert len(clips) == 2 and clips.left_out == "1 over 3 s and 1 over 128 tokens left out"
+    assert clips.sentences[0].startswith('"'), "a lone quotation mark is a character"
 
 
 def test_an_earlier_run_is_not_overwritten(finished, capsys):

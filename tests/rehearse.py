@@ -1,0 +1,104 @@
+"""Rehearse the real run: random weights in OpenAI's file format, a Common Voice folder of mp3, two steps of every phase.
+
+    python tests/rehearse.py                    # small's dimensions, minutes on a CPU
+    python tests/rehearse.py medium 16 --device cuda --checkpointing          # size, clips a step, flags of run.py
+
+Nothing is learned; what must hold is that everything loads, trains, stops, resumes, prunes, scores and saves. Prints what the
+steps took, the peak of memory, and how fast clips are decoded, which a training step must not outrun.
+"""
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import whisper
+from whisper.model import ModelDimensions, Whisper
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import prune
+import run
+
+MINI = Path(__file__).resolve().parent / "data/mini_hi"
+DIMS = {"tiny": ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4),
+        "small": ModelDimensions(80, 1500, 768, 12, 12, 51865, 448, 768, 12, 12),
+        "medium": ModelDimensions(80, 1500, 1024, 16, 24, 51865, 448, 1024, 16, 24)}
+
+
+def checkpoint(path: Path, size: str) -> Path:
+    """Random weights as OpenAI ships them: dims and a float16 state dict."""
+    torch.manual_seed(0)
+    model = Whisper(DIMS[size])
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    torch.save({"dims": vars(DIMS[size]), "model_state_dict": state}, path)
+    return path
+
+
+def common_voice(folder: Path, rows: int = 3) -> Path:
+    """A folder as Common Voice unpacks it: 48 kHz mp3, tab-separated tables with all their columns, a lone quotation mark."""
+    (folder / "clips").mkdir(parents=True)
+    lines = (MINI / "test.tsv").read_text(encoding="utf8").split("\n")[: rows + 1]
+    for line in lines[1:]:
+        name = line.split("\t")[1]
+        samples, _ = soundfile.read(MINI / "clips" / name)
+        spectrum = np.zeros(3 * len(samples) // 2 + 1, complex)
+        spectrum[: len(samples) // 2 + 1] = np.fft.rfft(samples)
+        soundfile.write(folder / "clips" / name.replace(".ogg", ".mp3"), 3 * np.fft.irfft(spectrum, 3 * len(samples)), 48000)
+    lines[1] = lines[1].replace("\t", "\t", 1).replace(lines[1].split("\t")[2], '"' + lines[1].split("\t")[2])
+    for split in ("train", "dev", "test", "validated"):
+        (folder / f"{split}.tsv").write_text("\n".join(lines).replace(".ogg", ".mp3") + "\n", encoding="utf8")
+    return folder
+
+
+def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
+    """Two steps of every phase, interrupted in the third step of all and resumed. Returns OUT."""
+    arguments = ["--model", str(checkpoint(folder / f"{size}.pt", size)), "--data", str(common_voice(folder / "cv")), "--steps", "2",
+                 "--recovery-steps", "2", "--rounds", "1", "--eval-every", "2", "--batch", str(batch), "--out", str(folder / "out"), *flags]
+    backward, seconds = run.backward, []
+
+    def timed(*given):
+        if len(seconds) == 2:
+            seconds.append(0)
+            raise KeyboardInterrupt
+        started = time.perf_counter()
+        loss = backward(*given)                  # reads the loss, so waits for a GPU
+        seconds.append(time.perf_counter() - started)
+        return loss
+    run.backward = timed
+    try:
+        assert run.main(arguments) == 130, "interrupted"
+        assert run.main([*arguments, "--resume"]) == 0, "resumed to the end"
+    finally:
+        run.backward = backward
+    for name in ("dense", "tspar", "imp"):
+        prune.load(folder / "out" / f"{name}.pt")
+    whisper.load_model(str(folder / "out/dense.pt"), device="cpu")
+    print(f"{size}, {batch} clips: seconds of forward and backward {', '.join(f'{x:.2f}' for x in seconds if x)}")
+    return folder / "out"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", nargs="?", default="small", choices=DIMS)
+    parser.add_argument("batch", nargs="?", default=2, type=int)
+    args, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rehearse(args.size, Path(folder), args.batch, flags)
+        clips = run.Clips(Path(folder) / "cv", "train", Whisper(DIMS["tiny"]), whisper.tokenizer.get_tokenizer(True), keep=False)
+        started = time.perf_counter()
+        for i in range(20):
+            clips[i % len(clips), 0, i]
+        print(f"decoding, resampling, log-mel, augmentation: {(time.perf_counter() - started) / 20 * 1000:.0f} ms a clip of "
+              f"{soundfile.info(clips.paths[0]).duration:.1f} s in one process, {torch.get_num_threads()} threads")
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory {peak / 1e9:.2f} GB on {'the GPU' if torch.cuda.is_available() else f'{os.cpu_count()} cores'}")
+
+
+if __name__ == "__main__":
+    main()
