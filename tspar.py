@@ -179,6 +179,7 @@ class SparseGroupLasso:
                             "for another optimizer call tspar.prox_(group, step * l1, step * l2)")
         options = {id(w): option for option in optimizer.param_groups for w in option["params"]}
         for name, (group, l1, l2) in self.groups.items():
+            group = [(w, axis) for w, axis in group if w.numel()]  # a mean over nothing is nan
             if not (l1 or l2) or not any(w.requires_grad for w, _ in group):
                 continue
             for w, _ in group:
@@ -272,12 +273,13 @@ def _step(group: Group, options: list[dict], states: dict) -> Tensor | None:
     total = 0.0  # sum of (D / lr)^2 over g_j, for every j
     for (w, axis), option in zip(group, options):
         lr, state, size = float(option["lr"]), states.get(w, {}), _size([(w, axis)])
+        steps = float(state.get("step", 0))  # also 0 where a fused Adam's first step was skipped by a GradScaler
         if "betas" not in option:  # SGD
             lr *= (1 - option["dampening"]) / (1 - option["momentum"]) if option["momentum"] else 1
             D = torch.ones(w.shape[axis], dtype=_wide(w), device=w.device)
-        elif "exp_avg_sq" in state:
+        elif steps:
             v = state["max_exp_avg_sq" if option["amsgrad"] else "exp_avg_sq"]
-            v_hat = _sum(v, axis) / (size * (1 - option["betas"][1] ** float(state["step"])))
+            v_hat = _sum(v, axis) / (size * (1 - option["betas"][1] ** steps))
             D = v_hat.sqrt() + option["eps"]
         else:
             return None

@@ -516,6 +516,37 @@ def test_nothing_moves_before_the_first_step():
         assert bool(optimizer.state) is (case == "lr 0")
 
 
+def test_a_skipped_first_step_is_no_step():
+    """Fused Adam makes its state, then obeys a GradScaler that met inf: step 0, and 1 - beta ** 0 divides by 0."""
+    w = nn.Parameter(torch.ones(4, 2))
+    optimizer, scaler = torch.optim.AdamW([w], lr=1e-3, fused=True), torch.amp.GradScaler("cpu")
+    sgl = tspar.SparseGroupLasso({"encoder.w": [(w, 1)]}, 0.1, 0, 0.1, 0)
+    for factor, moves in ((math.inf, False), (1.0, True)):
+        optimizer.zero_grad()
+        scaler.scale((factor * w).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        sgl.prox_(optimizer)
+        assert optimizer.state[w]["step"] == moves and w.lt(1).all().item() is moves and w.gt(0.99).all()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_empty_matrices(kind):
+    """A layer with no outputs adds no entries to its neurons' groups, and a layer with no inputs has no groups."""
+    w, empty, none = (nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (0, 3), (2, 0)))
+    alone = nn.Parameter(torch.ones(3, 4))
+    sgl = tspar.SparseGroupLasso({"encoder.w": [(w, 0), (empty, 1)], "encoder.none": [(none, 1)],
+                                  "decoder.alone": [(alone, 0)]}, 0.1, 0.1, 0.1, 0.1)
+    sgl.penalty().backward()
+    expected = w.grad.clone()
+    sgl.add_gradient_()
+    torch.testing.assert_close(w.grad, 2 * expected)
+    optimizer = kind([w, empty, none, alone], lr=0.1)
+    optimizer.step()
+    sgl.prox_(optimizer)
+    assert w.equal(alone) and w.lt(1).all() and w.gt(0).all()
+
+
 def test_a_group_without_gradient_goes_at_once():
     """D = eps where no gradient ever came: the step is lr / eps, and one prox empties the group."""
     w = nn.Parameter(torch.ones(4, 2))
