@@ -239,8 +239,8 @@ def _sum(x: Tensor, axis: int) -> Tensor:
 
 def _norms(group: Group) -> Tensor:
     """||g_j|| for every j, without a graph: so not with vector_norm, far slower on the columns of a CPU."""
-    squares = (w.square() if w.dtype == _wide(w) else w.to(_wide(w)).square_() for w, _ in group)
-    return sum(_sum(square, axis) for square, (_, axis) in zip(squares, group)).sqrt()
+    return sum(_sum(w.square() if w.dtype == _wide(w) else w.to(_wide(w)).square_(), axis)
+               for w, axis in group).sqrt()
 
 
 def _add_gradient_(group: Group, out: list[Tensor | None], l1: float, l2: float) -> None:

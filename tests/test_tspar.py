@@ -11,6 +11,7 @@ import whisper
 from torch import nn
 from torch.nn.functional import mse_loss, softshrink
 
+import bench
 import tspar
 
 
@@ -270,6 +271,19 @@ def test_half_precision(dtype):
     assert tspar.gradient([(tiny, 1)], 0, 1)[0].float().sub(1).abs().max() < 0.01
     tspar.prox_([(w, 1)], 0, 0.04)
     assert w.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory(dtype):
+    """No more than the largest matrix once in float32 at a time, so at most twice it, and the grads it has."""
+    group = [(nn.Parameter(torch.ones(shape, dtype=dtype)), axis) for shape, axis in (((800, 200), 0), ((200, 800), 1))]
+    sgl = tspar.SparseGroupLasso({"encoder.w": group}, 0.1, 0, 0.1, 0)
+    optimizer = torch.optim.AdamW([w for w, _ in group])
+    sgl.add_gradient_()
+    optimizer.step()
+    assert all(w.grad.dtype == dtype for w, _ in group)
+    for call in (sgl.add_gradient_, lambda: sgl.prox_(optimizer)):
+        assert 0 < bench.held(call, "cpu") < 1.1 * 4 * 800 * 200  # norms and scales come on top
 
 
 def test_the_smallest_weights():
