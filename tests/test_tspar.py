@@ -142,6 +142,7 @@ def test_add_gradient_is_backward_of_penalty():
             assert w.grad is None  # the last bias is in no group
         else:
             torch.testing.assert_close(w.grad, e)
+            assert not w.grad.requires_grad, "no graph"
 
 
 def test_four_strengths():
@@ -220,7 +221,8 @@ def test_zero_strength_changes_nothing():
     group = random_group()
     before = [w.detach().clone() for w, _ in group]
     tspar.prox_(group, 0, 0)
-    assert tspar.penalty(group, 0, 0).item() == 0
+    nothing = tspar.penalty(group, 0, 0)
+    assert nothing.item() == 0 and nothing.dtype == torch.float64
     assert all(w.equal(b) for (w, _), b in zip(group, before))
 
 
@@ -444,7 +446,7 @@ def test_only_the_proximal_step_makes_zeros_under_adam():
 @pytest.mark.parametrize("kind, options", [
     (torch.optim.AdamW, {}), (torch.optim.Adam, {"amsgrad": True, "betas": (0.5, 0.7)}),
     (torch.optim.AdamW, {"foreach": True, "eps": 1e-2}), (torch.optim.SGD, {}),
-    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5})])
+    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}), (torch.optim.SGD, {"dampening": 0.5})])
 def test_step_length_by_loops(kind, options):
     """Equation (4), one g_j at a time: rms of sqrt(v_hat) + eps over lr, and the prox with its inverse."""
     group = random_group()
@@ -452,18 +454,18 @@ def test_step_length_by_loops(kind, options):
     optimizer = kind([{"params": [w], "lr": lr} for (w, _), lr in zip(group, lrs)], lr=0.1, **options)
     rng = torch.Generator().manual_seed(3)
     for scale in (2.0, 1.0, 0.1):
-        for w, _ in group:
+        for w, _ in group[scale == 2.0:]:  # the first member misses the first step
             w.grad = scale * torch.randn(w.shape, generator=rng, dtype=w.dtype).pow(3)  # unequal D
         optimizer.step()
     before = pieces(group)
     D = []
-    for (w, axis), lr in zip(group, lrs):
+    for (w, axis), lr, steps in zip(group, lrs, (2, 3, 3, 3)):
         state = optimizer.state[w]
         if kind is torch.optim.SGD:
-            D.append(torch.ones_like(w) / (lr * 0.5 / 0.1 if options else lr))
+            D.append(torch.ones_like(w) / (lr * 0.5 / 0.1 if "momentum" in options else lr))
         else:
             beta, eps = optimizer.defaults["betas"][1], optimizer.defaults["eps"]
-            v_hat = state["max_exp_avg_sq" if optimizer.defaults["amsgrad"] else "exp_avg_sq"] / (1 - beta ** 3)
+            v_hat = state["max_exp_avg_sq" if optimizer.defaults["amsgrad"] else "exp_avg_sq"] / (1 - beta ** steps)
             D.append(torch.empty_like(w))
             for j in range(w.shape[axis]):
                 D[-1].select(axis, j).fill_((v_hat.select(axis, j).mean().sqrt() + eps) / lr)
@@ -514,10 +516,24 @@ def test_sgd_rests_at_the_solution(momentum):
     assert (w != 0).equal(expected != 0)
 
 
+def test_a_learning_rate_in_a_tensor():
+    """prox_ reads it, and does not write the length with momentum back into it."""
+    for lr in (0.125, torch.tensor(0.125)):
+        w = nn.Parameter(torch.ones(4, 2))
+        optimizer = torch.optim.SGD([w], lr=lr, momentum=0.75)
+        sgl = tspar.SparseGroupLasso({"encoder.w": [(w, 1)]}, 0.25, 0, 0, 0)
+        for _ in range(2):
+            sgl.prox_(optimizer)
+        assert float(optimizer.param_groups[0]["lr"]) == 0.125
+        assert w.eq(0.75).all()  # 1 - 2 * 0.25 * 0.125 / (1 - 0.75)
+
+
 def test_nothing_moves_before_the_first_step():
     """No Adam state, a learning rate of 0, or a whole group frozen: not a bit changes, and no state is made."""
     for case in ("no state", "lr 0", "frozen"):
         net, sgl = model_and_penalty()
+        with torch.no_grad():
+            net["decoder"][2].weight[:, 0] = net["decoder"][0].weight[0] = net["decoder"][0].bias[0] = 0
         optimizer = torch.optim.AdamW(net.parameters(), lr=0 if case == "lr 0" else 1e-3)
         if case == "frozen":
             net.requires_grad_(False)
@@ -627,6 +643,15 @@ def test_bad_names():
             tspar.SparseGroupLasso({name: neuron()}, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="groups is empty"):
         tspar.SparseGroupLasso({}, 1, 1, 1, 1)
+
+
+def test_prox_asks_nothing_of_a_side_without_strength():
+    """With both decoder strengths 0, an optimizer of the encoder alone will do, and no decoder weight moves."""
+    net, sgl = model_and_penalty(l1_decoder=0, l2_decoder=0)
+    before = [w.detach().clone() for w in net["decoder"].parameters()]
+    sgl.prox_(torch.optim.SGD(net["encoder"].parameters(), lr=10.0))
+    assert net["encoder"][0].weight.eq(0).all()
+    assert all(w.equal(b) for w, b in zip(net["decoder"].parameters(), before))
 
 
 def test_prox_needs_the_whole_group_in_the_optimizer():
