@@ -4,7 +4,8 @@
 
 Each is asked for the encoder and for the whole model with 27 target tokens, on CPU, with attention fused (as
 whisper runs it) and unfused. Those that report MACs are doubled, so that every number is in FLOPs, 2 per
-multiply-add. What is not installed is skipped, and said to be. The project needs none of these packages:
+multiply-add. Printed is the README's table: what each counts, divided by what flops.py says, or the error that
+stopped it. What is not installed is said to be missing. The project needs none of these packages:
 
     pip install --no-deps thop ptflops fvcore iopath yacs tabulate termcolor portalocker torch-pruning
     pip install calflops transformers
@@ -72,26 +73,28 @@ def by_calflops(net, inputs):
 
 PEERS = [("thop", "thop", by_thop), ("ptflops", "ptflops", by_ptflops), ("ptflops", "ptflops aten", by_ptflops_aten),
          ("fvcore", "fvcore", by_fvcore), ("torch-pruning", "torch-pruning", by_torch_pruning),
-         ("calflops", "calflops", by_calflops), ("torch", "FlopCounterMode", by_torch)]
+         ("calflops", "calflops", by_calflops), ("torch", "FlopCounterMode on CPU", by_torch)]
 
 
-def ask(count, net, inputs, truth: int) -> tuple[str, str]:
-    """(FLOPs counted, ratio to the truth), or how the counter stopped, which is a finding too."""
+def ask(count, net, inputs, truth: int) -> str:
+    """What is counted as a ratio to the truth, or how the counter stopped, which is a finding too."""
     quiet = io.StringIO()
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), torch.no_grad():
-            found = count(copy.deepcopy(net), inputs)
+            return f"{count(copy.deepcopy(net), inputs) / truth:.4f}"
     except ImportError as error:
-        return f"no {error.name}", "-"
+        return f"no {error.name}"
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
-        return type(error).__name__, "-"
-    if not isinstance(found, (int, float)):
-        return "no count", "-"
-    return f"{int(found):,}", f"{found / truth:.4f}"
+        return type(error).__name__
 
 
-def row(label: str, version: str, *cells: str) -> None:
-    print(f"{label:25}{version[:12]:13}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (15, 8, 8))))
+def row(label: str, version: str, count, asked) -> None:
+    """A line of the table: the encoder, then the whole model, each fused / unfused."""
+    answers = []
+    for path in ("fused", "unfused"):
+        with mock.patch.object(MultiHeadAttention, "use_sdpa", path == "fused"):
+            answers.append([ask(count, *question) for question in asked])
+    print(f"| {label} | {version} | " + " | ".join(" / ".join(cell) for cell in zip(*answers)) + " |")
 
 
 def questions(model: Whisper, device: str):
@@ -109,22 +112,14 @@ def main() -> None:
     with torch.device("meta"), mock.patch.object(torch.Tensor, "to_sparse", lambda tensor: tensor):
         meta = Whisper(DIMS)
     asked = questions(model, "cpu")
-    row("FLOPs", "version", "encoder", "ratio", "model")
-    row("flops.py", "", f"{asked[0][2]:,}", "1", "1")
-    (encoder, ratio), (_, whole) = (ask(by_torch, *question) for question in questions(meta, "meta"))
-    row("FlopCounterMode, meta", torch.__version__, encoder, ratio, whole)
+    print(f"encoder {asked[0][2]:,} FLOPs, whole model {asked[1][2]:,}\n\n"
+          "| counter | version | encoder: fused / unfused | whole model: fused / unfused |\n|---|---|---:|---:|")
     for package, label, count in PEERS:
         try:
-            version = importlib.metadata.version(package)
+            row(label, importlib.metadata.version(package), count, asked)
         except importlib.metadata.PackageNotFoundError:
-            row(label, "", "skipped: not installed")
-            continue
-        for path in ("fused", "unfused"):
-            with mock.patch.object(MultiHeadAttention, "use_sdpa", path == "fused"):
-                (encoder, ratio), (stopped, whole) = (ask(count, *question) for question in asked)
-            row(f"{label}, {path}", version, encoder, ratio, whole)
-            if whole == "-":
-                print(f"{'':25}{'':13}on the whole model: {stopped}")
+            print(f"| {label} | not installed | | |")
+    row("the same on meta, and **flops.py**", torch.__version__, by_torch, questions(meta, "meta"))
 
 
 if __name__ == "__main__":
