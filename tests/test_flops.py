@@ -165,9 +165,30 @@ def test_long_decoding_memory_by_hand():
 def test_half_precision_memory_by_hand():
     """At 2 bytes scores and softmax stay float32 beside a half copy, 10 bytes; logits are kept in both."""
     size = flops.memory(on_meta(DIMS["tiny"]), 27, 2)
+    assert size["weights"] == 2 * 37_184_640
     assert size["encoder_fused"] == 2 * 11 * 1500 * 384
     assert size["encoder_unfused"] == 10 * 6 * 1500**2 + 2 * 7 * 1500 * 384
     assert size["decoder_fused"] == 6 * 51865
+
+
+def test_uneven_memory_by_hand():
+    """Pruned to 64 everywhere but in the third block of each side: that block leads, each width in its own place."""
+    model = on_meta(DIMS["tiny"])
+    encoder, decoder = model.encoder.blocks, model.decoder.blocks
+    widths = {block.attn: (1, 64, 64) for block in [*encoder, *decoder]}         # heads, query/key, value
+    widths |= {block.cross_attn: (1, 64, 64) for block in decoder}
+    widths |= {encoder[2].attn: (5, 320, 256), decoder[2].attn: (2, 128, 192), decoder[2].cross_attn: (4, 256, 320)}
+    with model.device:
+        for attn, (heads, qk, v) in widths.items():
+            attn.n_head, attn.query, attn.key = heads, Linear(384, qk), Linear(384, qk, bias=False)
+            attn.value, attn.out = Linear(384, v), Linear(v, 384)
+        for block in encoder:
+            block.mlp[0], block.mlp[2] = Linear(384, 64), Linear(64, 384)
+    size = flops.memory(model, 448, 4)
+    assert size["encoder_fused"] == 4 * 1500 * (3 * 384 + 2 * 320 + 2 * 256)
+    assert size["encoder_unfused"] == 4 * (1500 * (2 * 384 + 2 * 320 + 3 * 256) + 2 * 5 * 1500**2)
+    assert size["kv_cache"] == 4 * (448 * (3 * 128 + 320) + 1500 * (3 * 128 + 576))
+    assert size["decoder_fused"] == 4 * 448 * 192 and size["decoder_unfused"] == 4 * 1500 * 256
 
 
 def test_half_precision_norm_by_hand():
@@ -183,8 +204,12 @@ def test_half_precision_norm_by_hand():
 
 
 def test_prompt_memory_by_hand():
-    """A prompt of 4 holds 4 rows of logits, when 23 of 27 positions are not yet in the cache."""
+    """A prompt of 4 holds 4 rows of logits, when 23 of 27 positions are not yet in the cache.
+
+    A prompt of 100 leads even unfused, before the scaled keys of the audio.
+    """
     model = on_meta(DIMS["tiny"])
+    assert flops.memory(model, 100, 4, n_prompt=100)["decoder_unfused"] == 4 * 100 * 51865
     assert flops.memory(model, 27, 4, n_prompt=4)["decoder_fused"] == 4 * (4 * 51865 - 23 * 4 * 2 * 384)
 
 
@@ -194,6 +219,14 @@ def test_sparse_storage_by_hand():
     with torch.no_grad():
         layer.weight.zero_()[0, :3] = 1.0
     assert flops.sparse_storage(layer, 4) == {"dense": 72 + 8, "csr": 36 + 8, "bitmask": 15 + 8}
+
+
+def test_sparse_storage_of_whole_bytes_by_hand():
+    """2 x 8 ones: the mask is 2 bytes, not 3. A convolution is no matrix and stays dense in all."""
+    layers = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Conv1d(2, 3, 5, bias=False))
+    nn.init.ones_(layers[0].weight)
+    nn.init.zeros_(layers[1].weight)
+    assert flops.sparse_storage(layers, 2) == {"dense": 32 + 60, "csr": 16 * 6 + 3 * 4 + 60, "bitmask": 32 + 2 + 60}
 
 
 # ---------------------------------------------------------------------------------------- invariants
@@ -237,6 +270,22 @@ def test_parameters_equal_the_modules():
     assert count["nonzero"] is count["blocks_nonzero"] is count["embedding_nonzero"] is None     # on meta
     dense = Whisper(TOY)
     assert flops.parameters(dense)["nonzero"] == sum(int((p != 0).sum()) for p in dense.parameters())
+
+
+def test_frozen_parameters_count():
+    """Training or not, a weight is stored: the counts do not ask for gradients."""
+    model = Whisper(TOY)
+    assert flops.parameters(model.requires_grad_(False)) == flops.parameters(model.requires_grad_(True))
+
+
+def test_parts_without_values():
+    """An encoder on the meta device has no zeros to count, and so the whole has none; the decoder still has."""
+    model = Whisper(TOY)
+    before = flops.parameters(model)
+    model.encoder.to("meta")
+    after = flops.parameters(model)
+    assert after["nonzero"] is after["encoder_nonzero"] is after["blocks_nonzero"] is None
+    assert after["decoder_nonzero"] == before["decoder_nonzero"] and after["total"] == before["total"]
 
 
 @pytest.mark.parametrize("bytes_per_value", [2, 4])
