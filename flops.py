@@ -46,7 +46,7 @@ import statistics
 import sys
 import time
 from functools import partial
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -380,10 +380,12 @@ def table(models: dict[str, Whisper], n_prompt: int = 4, n_new: int = 24) -> str
     return "\n".join(lines)
 
 
-def bench(dense: Whisper, pruned: Whisper, batches: tuple[int, ...] = (1, 8)) -> str:
-    """Measured against predicted cost of two models, as a table of 80 columns; both on one device, MB is 10^6 bytes."""
-    lines = [f"Measured on {dense.device}, {torch.get_num_threads()} threads, 4 + 24 tokens; in brackets what FLOPs and formulas predict",
-             "batch part      dense ms pruned ms  speed-up       dense MB         pruned MB"]
+def bench(dense: Whisper, pruned: Whisper, batches: tuple[int, ...] = (1, 8)) -> Iterator[str]:
+    """Measured beside predicted cost of two models on one device, line by line, in 80 columns; MB is 10^6 bytes.
+
+    A peak of a few MB is at the resolution of what a process can measure; nan where it cannot be measured (`measure`)."""
+    yield f"Measured on {dense.device}, threads: {torch.get_num_threads()}; in brackets what FLOPs and formulas predict"
+    yield "batch part     dense ms pruned ms   speed-up       dense MB       pruned MB"
     for batch in batches:
         mel = torch.randn(batch, dense.dims.n_mels, 2 * _audio_positions(dense), device=dense.device)
         measured = measure([dense, pruned], mel)
@@ -392,9 +394,8 @@ def bench(dense: Whisper, pruned: Whisper, batches: tuple[int, ...] = (1, 8)) ->
             ms = [1000 * row[f"{part}_seconds"] for row in measured]
             mb = [math.nan if row[f"{part}_peak"] is None else row[f"{part}_peak"] / 1e6 for row in measured]
             said = [(row["encoder_fused"] if part == "encoder" else row["kv_cache"] + row["decoder_fused"]) / 1e6 for row in predicted]
-            lines.append(f"{batch:5} {part:<8}{ms[0]:10.1f}{ms[1]:10.1f}{ms[0] / ms[1]:6.2f} ({work(dense) / work(pruned):4.2f})"
-                         f"{mb[0]:9.1f} ({said[0]:7.1f}){mb[1]:9.1f} ({said[1]:7.1f})")
-    return "\n".join(lines)
+            yield (f"{batch:5} {part:<8}{ms[0]:9.1f}{ms[1]:10.1f}{ms[0] / ms[1]:6.2f} ({work(dense) / work(pruned):4.2f})"
+                   f"{mb[0]:8.1f} ({said[0]:6.1f}){mb[1]:8.1f} ({said[1]:6.1f})")
 
 
 def _audio_positions(model: Whisper) -> int:

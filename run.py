@@ -138,28 +138,15 @@ class Settings:
 
 def run(s: Settings) -> None:
     """The method, top to bottom: load, fine-tune, prune, recover, compare, report."""
-    for path in s.transcribe:
-        read_audio(Path(path))                   # whether it can be read, before the model is loaded
     model = load_model(s)
     s = completed(s, model)
-    if s.bench:
-        dense, pruned = prune.expand(model), copy.deepcopy(model)
-        if flops.parameters(dense)["blocks"] == flops.parameters(model)["blocks"]:          # stock shapes: half of them go
-            prune.remove_(pruned, prune.target(s.target or 0.5, lambda z1: prune.two_pass(pruned, z1=z1, z2=None)))
-        return print(flops.table({"dense": dense, "pruned": pruned}), flops.bench(dense, pruned), sep="\n\n")
-    if s.transcribe:
-        return print("\n".join(f"{path}\t{heard(model, path, s)}" for path in s.transcribe))
-    tokenizer = get_tokenizer(True, num_languages=model.num_languages, language=s.language, task="transcribe")
-    folder = data_folder(s)
-    test = Clips(folder, s.split, model, tokenizer, s.limit, keep=s.workers == 0)
-    if s.evaluate:
-        rows, _ = compare({Path(s.model).stem[:8]: model}, test, s)
-        return print(table(rows)) if RANK == 0 else None
-    clips = {split: Clips(folder, split, model, tokenizer, s.limit, keep=s.workers == 0) for split in ("train", "dev")}
+    if s.transcribe or s.bench or s.evaluate:
+        return look(model, s)
+    clips = {split: load_clips(model, split, s) for split in ("train", "dev", s.split)}
     if RANK == 0:
         start_folder(s, model)
     summed(0, s)                                 # the others wait; if process 0 stops here, torchrun stops them all
-    estimate(model, clips | {s.split: test}, s)
+    estimate(model, clips, s)
 
     clock = [time.time()]
     dense = copy.deepcopy(model)
@@ -177,14 +164,14 @@ def run(s: Settings) -> None:
     clock.append(time.time())
 
     models = {"original": model, "dense": dense, "tspar": pruned, "imp": imp}
-    rows, texts = compare(models, test, s)
+    rows, texts = compare(models, clips[s.split], s)
     clock.append(time.time())
     if RANK > 0:
         return
     for name in ("dense", "tspar", "imp"):
         prune.save(models[name], Path(s.out) / f"{name}.pt")
     say(s, f"\n{histogram(plan)}\n\n{table(rows)}\n")
-    for said, text in list(zip(test.sentences, texts["tspar"]))[:3]:
+    for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
         say(s, f"said   {said}\ntspar  {text}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
     seconds = dict(zip(("dense", "tspar", "imp", "measure"), np.diff(clock).round(1).tolist()))
@@ -395,6 +382,23 @@ def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list
                      "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new),
                      "latency_ms": 1000 * latency[i]["encoder_seconds"]})
     return rows, texts
+
+
+def look(model: Whisper, s: Settings) -> None:
+    """Train nothing: --transcribe files, --bench the costs, or --evaluate the model as it is."""
+    if s.transcribe:
+        for path in s.transcribe:
+            print(f"{path}\t{heard(model, path, s)}", flush=True)
+    elif s.bench:
+        dense, pruned = prune.expand(model), copy.deepcopy(model)
+        if flops.parameters(dense)["blocks"] == flops.parameters(model)["blocks"]:          # stock shapes: half of them go
+            prune.remove_(pruned, prune.target(s.target or 0.5, lambda z1: prune.two_pass(pruned, z1=z1, z2=None)))
+        print(flops.table({"dense": dense, "pruned": pruned}), end="\n\n")
+        for line in flops.bench(dense, pruned):
+            print(line, flush=True)
+    else:
+        rows, _ = compare({Path(s.model).stem[:8]: model}, load_clips(model, s.split, s), s)
+        print(table(rows)) if RANK == 0 else None
 
 
 def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
@@ -740,6 +744,10 @@ def settings(argv: list[str] | None) -> Settings:
     except (RuntimeError, AssertionError) as error:
         raise Stop(f"--device {device} cannot be used ({str(error).splitlines()[0]}); take cpu, or a machine with cuda") from None
     need(s.precision != "fp16" or device != "cpu", "--precision fp16 needs --device cuda; on a cpu take fp32 or bf16")
+    for path in s.transcribe:
+        read_audio(Path(path))
+    if not (s.transcribe or s.bench):
+        data_folder(s)
     return replace(s, device=device, precision=s.precision or ("fp32" if device == "cpu" else "bf16"),
                    out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
 
@@ -761,6 +769,12 @@ def data_folder(s: Settings) -> Path:
          "unpack it, and give the folder that holds train.tsv as --data-dir or $CV11_HI")
     need(folder.is_dir(), f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, dev.tsv, test.tsv and clips/")
     return folder
+
+
+def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
+    """One split of the data, for this model."""
+    tokenizer = get_tokenizer(True, num_languages=model.num_languages, language=s.language, task="transcribe")
+    return Clips(data_folder(s), split, model, tokenizer, s.limit, keep=s.workers == 0)
 
 
 def load_model(s: Settings) -> Whisper:

@@ -496,6 +496,47 @@ def test_peak_activations_of_a_pruned_model():
     within_5_percent(ragged(Whisper(DIMS["tiny"]), 7, equal_widths=True), batch=2)
 
 
+@pytest.mark.parametrize("width, bytes_per_value, batch", [(None, 4, 1), (48, 4, 2), (None, 2, 2)])
+def test_training_memory_against_what_autograd_keeps(width, bytes_per_value, batch):
+    """Every different tensor that a forward pass of tiny, whole or with narrow layers, saves for backward: within 1% in float32;
+    under autocast within 10%, as LayerNorm keeps float32."""
+    torch.manual_seed(0)
+    model = Whisper(DIMS["tiny"])
+    for block in [model.encoder.blocks[1], model.decoder.blocks[2]] if width else []:
+        block.mlp[0], block.mlp[2] = Linear(384, 5 * width), Linear(5 * width, 384)
+        for attn in filter(None, (block.attn, block.cross_attn)):
+            attn.query, attn.key, attn.value = Linear(384, width), Linear(384, width), Linear(384, width)
+            attn.out = Linear(width, 384)
+    torch.nn.init.zeros_(model.decoder.positional_embedding)
+    own, kept = {p.untyped_storage().data_ptr() for p in [*model.parameters(), model.encoder.positional_embedding, model.decoder.mask]}, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bytes_per_value == 2):
+            logits = model(torch.randn(batch, 80, 3000), torch.zeros(batch, 27, dtype=torch.long))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(batch * 27, dtype=torch.long))
+    saved = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    found = flops.training_memory(model, 27, batch, bytes_per_value) - 16 * sum(p.numel() for p in model.parameters())
+    assert loss.requires_grad and found == pytest.approx(saved, rel=0.01 if bytes_per_value == 4 else 0.1)
+    assert flops.training_memory(model, 27, batch, checkpointing=True) < flops.training_memory(model, 27, batch)
+
+
+def test_bench_holds_what_measure_and_the_formulas_say(monkeypatch):
+    """One line a batch and part, in 80 columns: ratios of what was measured beside ratios of FLOPs, peaks beside memory()."""
+    torch.manual_seed(0)
+    dense, small = Whisper(TOY), Whisper(ModelDimensions(2, 3, 4, 1, 1, 5, 6, 4, 1, 1))
+    small.encoder.blocks[0].mlp[0], small.encoder.blocks[0].mlp[2] = Linear(4, 8), Linear(8, 4)
+    row = {"encoder_seconds": 0.2, "greedy_seconds": 0.3, "encoder_peak": 5 * 10 ** 6, "greedy_peak": None}
+    monkeypatch.setattr(flops, "measure", lambda models, mel: [row, row | {"encoder_seconds": 0.1}])
+    monkeypatch.setattr(flops, "greedy", lambda model, *_: 3)
+    monkeypatch.setattr(flops, "memory", lambda *_, **__: {"encoder_fused": 4 * 10 ** 6, "kv_cache": 10 ** 6, "decoder_fused": 10 ** 6})
+    lines = [*flops.bench(dense, small, batches=(8,))]
+    assert lines[2].split() == f"8 encoder 200.0 100.0 2.00 ({flops.encoder(dense) / flops.encoder(small):.2f}) 5.0 ( 4.0) 5.0 ( 4.0)".split()
+    assert lines[3].split() == "8 greedy 300.0 300.0 1.00 (1.00) nan ( 2.0) nan ( 2.0)".split() and max(map(len, lines)) <= 80
+
+
 def test_measure_does_the_work_that_greedy_counts(monkeypatch):
     """The decoding that is timed: n_new passes, the FLOPs of greedy for each window, no hooks left behind."""
     monkeypatch.setattr(MultiHeadAttention, "use_sdpa", False)

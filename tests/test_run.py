@@ -401,6 +401,16 @@ def test_decoding_processes_change_nothing(nano):
     assert not torch.equal(clips[0, 0, 7][0], clips[0,][0]) and torch.equal(clips[0, 0, 7][0], clips[0, 0, 7][0])
 
 
+def test_bench_prints_dense_beside_pruned(capsys):
+    """--bench: half of nano's blocks gone, then batch 1 and 8, encoder and greedy, no wider than a terminal."""
+    assert run.main(["--bench"]) == 0
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    assert max(map(len, lines)) <= 80 and [line.split()[:2] for line in lines[-4:]] == [
+        [batch, part] for batch in "18" for part in ("encoder", "greedy")]
+    of, left = (int(line.split()[1].replace(",", "")) for line in lines if line.startswith("  total"))
+    assert 0.4 < (of - left) / 1_123_072 < 0.6
+
+
 def test_transcribe_files(tmp_path, capsys):
     """A clip, and the same clip twice with a second of silence between, longer than nano's window: the text, once and twice."""
     clips = run.Clips(MINI, "test", prune.load(NANO), TOKENIZER, 1)
@@ -412,8 +422,9 @@ def test_transcribe_files(tmp_path, capsys):
     assert run.normalize(once) == run.normalize(clips.sentences[0]) and twice == f"{once} {once}"
 
 
-def test_rehearsal_on_tiny(tmp_path, capsys):
+def test_rehearsal_on_tiny(tmp_path, monkeypatch):
     """Tiny's real dimensions, OpenAI's file format, 48 kHz mp3: two steps of every phase, interrupted and resumed."""
+    monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # slow here
     out = rehearse("tiny", tmp_path, 1, ["--limit", "1", "--workers", "1"])
     rows = json.loads((out / "report.json").read_text(encoding="utf8"))["models"]
     assert [row["name"] for row in rows] == ["original", "dense", "tspar", "imp"] and rows[0]["parameters"] == 37_184_640
@@ -512,11 +523,12 @@ def test_an_earlier_run_is_not_overwritten(finished, capsys):
     assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
 
 
-def test_readme_commands_are_accepted():
+def test_readme_commands_are_accepted(monkeypatch):
     """Every `python run.py ...` of the README parses; every file it names exists."""
     readme = (ROOT / "README.md").read_text(encoding="utf8")
     commands = re.findall(r"^python run\.py(.*?)(?:\s+#.*)?$", readme, re.M)
     assert len(commands) >= 3
+    monkeypatch.setenv("CV11_HI", str(MINI))
     for command in commands:
         run.settings([word for word in shlex.split(command) if word not in ("--help",)])
     for name in re.findall(r"^python (tests/\S+\.py)", readme, re.M):
