@@ -748,7 +748,7 @@ def settings(argv: list[str] | None) -> Settings:
         read_audio(Path(path))
     if not (s.transcribe or s.bench):
         data_folder(s)
-    return replace(s, device=device, precision=s.precision or ("fp32" if device == "cpu" else "bf16"),
+    return replace(s, device=device, precision=s.precision or ("bf16" if "cuda" in device else "fp32"),
                    out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
 
 
@@ -756,7 +756,7 @@ def completed(s: Settings, model: Whisper) -> Settings:
     """Settings with the defaults that depend on the model (RECIPES)."""
     nano = model.dims.n_audio_state == 128
     lr, steps, batch = RECIPES.get(model.dims.n_audio_state, (1e-5, 2000, 16))
-    lr, steps = s.lr or lr, steps if s.steps is None else s.steps
+    lr, steps = lr if s.lr is None else s.lr, steps if s.steps is None else s.steps
     given = {name: value for name, value in asdict(s).items() if value is not None}
     return Settings(**{"lr": lr, "steps": steps, "recovery_steps": steps, "recovery_lr": lr / 3, "batch": batch,
                        "workers": 0 if nano else min(8, os.cpu_count()), "eval_every": 0 if nano else 250} | given)
@@ -799,15 +799,15 @@ def estimate(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
         say(s, f"{split:<6}{len(some):>6,} clips   {some.left_out}".rstrip())
     n = round(np.mean([len(tokens) - 1 for tokens in clips["train"].tokens]))
     step, steps = s.batch * s.accumulate * WORLD, 2 * s.steps + 3 * s.recovery_steps
-    work = steps * step * flops.training(model, n) * (4 / 3 if s.checkpointing else 1)
+    with Objective(model):                       # so that rows of the vocabulary that are alike count once
+        work = steps * step * flops.training(model, n) * (4 / 3 if s.checkpointing else 1)
+        memory = flops.training_memory(model, n, s.batch, 4 if s.precision == "fp32" else 2, s.checkpointing)
     size = 1024 if s.device == "cpu" else 8192
     with torch.inference_mode(), autocast(s):
         x = torch.randn(size, size, device=s.device)
-        rate = 2 * size ** 3 / Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads()).timeit(5).mean
-    memory = flops.training_memory(model, n, s.batch, 4 if s.precision == "fp32" else 2, s.checkpointing)
-    say(s, f"{steps:,} steps of {step} clips: {work / 1e12:,.1f} TFLOP. At the {rate * WORLD / 1e9:,.0f} GFLOP/s of a large matrix "
-           f"product {work / rate / WORLD / 60:,.1f} min; expect 2 to 4 times as much.\n"
-           f"Memory to train in: {memory / 1e9:.2f} GB{' on each device' * (WORLD > 1)}, {s.precision} activations.\n")
+        rate = WORLD * 2 * size ** 3 / Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads()).timeit(5).mean
+    say(s, f"{steps:,} steps of {step} clips, {work / 1e12:,.1f} TFLOP: {work / rate / 60:,.1f} min at the {rate / 1e9:,.0f} GFLOP/s "
+           f"of a matrix product,\nup to 3 times that in practice. Memory to train in: {memory / 1e9:.2f} GB, {s.precision} activations.\n")
 
 
 def main(argv: list[str] | None = None) -> int:
