@@ -34,11 +34,11 @@ query, key, value and mlp.0 read the residual stream and become a `SelectingLine
 """
 import math
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError      # what torch.load(weights_only=True) raises; nothing here unpickles
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,23 @@ class Plan:
             for p, axis in _members(name):
                 left[p] = [*left[p][:axis], int(keep.sum()), *left[p][axis + 1:]]
         return of - sum(map(math.prod, left.values())), of
+
+    def pooled(self, side: str) -> tuple[Tensor, float]:
+        """n_j of all groups of "encoder" or "decoder", and the threshold of pass 1 there."""
+        names = [name for name in self.norms if name.startswith(side)]
+        return torch.cat([self.norms[name] for name in names]), self.cuts[names[0]]
+
+    def histogram(self, bins: int = 12, width: int = 40) -> str:
+        """n_j of each side as bars of text, with pass 1's threshold where it falls."""
+        lines = []
+        for side in dict.fromkeys(name.split(".")[0] for name in self.norms):
+            norms, cut = self.pooled(side)
+            counts, edges = (x.tolist() for x in torch.histogram(norms, bins))
+            lines.append(f"{side}: norms of {len(norms):,} groups, {int((norms < cut).sum()):,} below the cut at {cut:.4f}")
+            for count, low, high in zip(counts, edges, edges[1:]):
+                bar, mark = "#" * math.ceil(width * count / max(counts)), "  <- cut" if low <= cut < high else ""
+                lines.append(f"  from {low:6.4f} {int(count):>6,} {bar:<{width}}{mark}".rstrip())
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         head = "{:35}{:>8}{:>8}{:>8}{:>10}{:>10}".format
@@ -260,7 +277,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
             if rows % attn.n_head or name not in heads and rows != attn.out.out_features:
                 raise ValueError(f"no head count that fits {name}")
         _align(model, checkpoint.get("alignment_heads") or model.alignment_heads.indices().T.tolist())
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as e:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, UnpicklingError) as e:
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
                          f"write it with prune.save ({type(e).__name__}: {e})") from e
     return model.to(device)

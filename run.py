@@ -170,7 +170,7 @@ def run(s: Settings) -> None:
         return
     for name in ("dense", "tspar", "imp"):
         prune.save(models[name], Path(s.out) / f"{name}.pt")
-    say(s, f"\n{histogram(plan)}\n\n{table(rows)}\n")
+    say(s, f"\n{plan.histogram()}\n\n{table(rows)}\n")
     for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
         say(s, f"said   {said}\ntspar  {text}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
@@ -466,25 +466,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def histogram(plan: prune.Plan, bins: int = 12, width: int = 40) -> str:
-    """Group norms of each side as bars of text, with pass 1's threshold where it falls."""
-    lines = []
-    for side in ("encoder", "decoder"):
-        norms, cut = side_norms(plan, side)
-        counts, edges = np.histogram(norms.numpy(), bins)
-        lines.append(f"{side}: norms of {len(norms):,} groups, {int((norms < cut).sum()):,} below the cut at {cut:.4f}")
-        for count, low, high in zip(counts, edges, edges[1:]):
-            bar = "#" * math.ceil(width * count / counts.max())
-            lines.append(f"  from {low:6.4f} {count:>6,} {bar:<{width}}{'  <- cut' if low <= cut < high else ''}".rstrip())
-    return "\n".join(lines)
-
-
-def side_norms(plan: prune.Plan, side: str) -> tuple[torch.Tensor, float]:
-    """All group norms of one side, and the threshold of pass 1."""
-    names = [name for name in plan.norms if name.startswith(side)]
-    return torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
-
-
 def draw(plan: prune.Plan, file) -> None:
     """The histogram as a picture: group norms of each side and the cut of pass 1."""
     import matplotlib
@@ -492,7 +473,7 @@ def draw(plan: prune.Plan, file) -> None:
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for side, axis in zip(("encoder", "decoder"), axes):
-        norms, cut = side_norms(plan, side)
+        norms, cut = plan.pooled(side)
         axis.hist(norms.numpy(), 50)
         axis.axvline(cut, color="black", linestyle="--", label=f"cut of pass 1: {(norms < cut).double().mean():.0%} below")
         axis.set(title=f"{side}: {len(norms):,} groups", xlabel="norm / square root of size", ylabel="groups")

@@ -1,4 +1,4 @@
-"""What the rooms cost, measured: python tests/bench.py sgl | prune | flops | normalize
+"""What the rooms cost, measured: python tests/bench.py sgl | prune | normalize
 
 Times are medians of runs taken in turns (A, B, A, B, ...), so that a busy minute falls on all alike; what counts is their
 ratio. Models have random weights in the shapes of Whisper-base and Whisper-small: cost does not depend on values.

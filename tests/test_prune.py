@@ -519,6 +519,14 @@ def test_plan_as_a_table():
     assert max(map(len, str(plan).splitlines())) < 80
 
 
+def test_histogram_by_hand():
+    """Norms 0, 0, 1, 2 and 4 in two bins of width 2: three below 2, two from it on; the cut at 3 stands beside the second."""
+    norms = {"encoder.a.mlp": torch.tensor([0., 0., 1., 2.]), "encoder.b.mlp": torch.tensor([4.])}
+    plan = prune.Plan({}, {}, {name: n.double() for name, n in norms.items()}, dict.fromkeys(norms, 3.0), {}, {})
+    assert plan.histogram(bins=2, width=3).split("\n") == [
+        "encoder: norms of 5 groups, 4 below the cut at 3.0000", "  from 0.0000      3 ###", "  from 2.0000      2 ##   <- cut"]
+
+
 @pytest.mark.parametrize("kind", ["units", "columns"])
 def test_save_and_load(tmp_path, kind):
     """A pruned model comes back bit by bit: weights, head counts, selected columns, alignment heads."""
