@@ -201,7 +201,8 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
     return sizes
 
 
-def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_value: int = 4, checkpointing: bool = False) -> int:
+def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_value: int = 4,
+                    checkpointing: bool = False) -> int:
     """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), and what
     the forward pass keeps for the backward pass at bytes_per_value (2 under autocast, whose weight copies are counted).
 
@@ -221,9 +222,12 @@ def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_val
             total += n * (2 * d + q + v) + S * (q + v)
         return total
 
-    blocks = [(kept(block, S), S * d) for block in model.encoder.blocks] + [(kept(block, T), T * d) for block in model.decoder.blocks]
-    values = sum(small for _, small in blocks) + max(full for full, _ in blocks) if checkpointing else sum(full for full, _ in blocks)
-    values += 2 * S * model.encoder.conv1.weight.shape[1] + 5 * S * d + 2 * S * d + 2 * T * d       # mel, convolutions, last LayerNorms
+    sizes = [(kept(block, n), n * d) for net, n in ((model.encoder, S), (model.decoder, T)) for block in net.blocks]
+    values = sum(full for full, _ in sizes)
+    if checkpointing:
+        values = sum(entry for _, entry in sizes) + max(full for full, _ in sizes)
+    values += 2 * S * model.encoder.conv1.weight.shape[1] + 5 * S * d       # mel, convolutions
+    values += 2 * S * d + 2 * T * d                                         # the last LayerNorms
     weights = sum(p.numel() for p in model.parameters())
     logits = T * len(model.decoder.token_embedding.weight) * 4                                      # their log-softmax
     return weights * (16 + (bytes_per_value if bytes_per_value < 4 else 0)) + batch * (values * bytes_per_value + logits)
@@ -393,7 +397,8 @@ def bench(dense: Whisper, pruned: Whisper, batches: tuple[int, ...] = (1, 8)) ->
         for part, work in (("encoder", encoder), ("greedy", lambda model: greedy(model, 4, 24))):
             ms = [1000 * row[f"{part}_seconds"] for row in measured]
             mb = [math.nan if row[f"{part}_peak"] is None else row[f"{part}_peak"] / 1e6 for row in measured]
-            said = [(row["encoder_fused"] if part == "encoder" else row["kv_cache"] + row["decoder_fused"]) / 1e6 for row in predicted]
+            parts = ["encoder_fused"] if part == "encoder" else ["kv_cache", "decoder_fused"]
+            said = [sum(row[name] for name in parts) / 1e6 for row in predicted]
             yield (f"{batch:5} {part:<8}{ms[0]:9.1f}{ms[1]:10.1f}{ms[0] / ms[1]:6.2f} ({work(dense) / work(pruned):4.2f})"
                    f"{mb[0]:8.1f} ({said[0]:6.1f}){mb[1]:8.1f} ({said[1]:6.1f})")
 

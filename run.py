@@ -116,7 +116,7 @@ class Settings:
     z1: float = flag(0.5, "pass 1, standard deviations from the mean norm: higher removes more groups")
     z2: float = flag(-0.75, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     target: float = flag(0.0, "share of the block parameters to remove; 0 leaves the size to z1")
-    rounds: int = flag(5, "rounds of Iterative Magnitude Pruning")
+    rounds: int = flag(2, "rounds of Iterative Magnitude Pruning: each needs some hundred steps to recover in")
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
     limit: int = flag(0, "take only the first clips of each split, for a quick look; 0 takes all")
     seed: int = flag(0, "order of the clips, augmentation, bootstrap")
@@ -124,7 +124,7 @@ class Settings:
     precision: str = flag("", "of activations; weights and penalty stay fp32 (bf16 on cuda)", "fp32", "bf16", "fp16")
     checkpointing: bool = flag(False, "keep one activation a block and compute the rest again: less memory, 4/3 of the time")
     workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)", kind=int)
-    eval_every: int = flag(None, "steps between dev losses; without penalty the best weights are kept (nano 0: off, others 250)", kind=int)
+    eval_every: int = flag(None, "steps between dev losses; the best weights are kept (nano 0: off, others 250)", kind=int)
     save_every: int = flag(200, "steps between saved states")
     resume: bool = flag(False, "go on where the same command was interrupted")
     overwrite: bool = flag(False, "replace what an earlier run left in OUT")
@@ -213,7 +213,8 @@ def recovery(s: Settings) -> Settings:
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 
-def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> None:
+def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
+              penalty: SparseGroupLasso | None = None) -> None:
     """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero.
 
     Warm-up over the first fifth, 50 steps at most, then linear decay to zero. With s.eval_every, a phase without
@@ -287,7 +288,8 @@ def backward(net: torch.nn.Module, loader, n_targets: int, s: Settings, state: S
     state.scaler.unscale_(state.optimizer)
     loss = summed(loss, s)
     if not math.isfinite(loss):
-        raise Stop(f"the loss is {loss} in step {state.step + 1}; lower --lr, now {s.lr:g}, or the strengths, and start again", 1)
+        raise Stop(f"the loss is {loss} in step {state.step + 1}; lower --lr, now {s.lr:g}, or the strengths, "
+                   "and start again", 1)
     return loss
 
 
@@ -671,11 +673,12 @@ def say(s: Settings, text: str) -> None:
 def start_folder(s: Settings, model: Whisper) -> None:
     """Make --out, or find in it what --resume goes on with. What an earlier run left goes only when told so."""
     out, kept = Path(s.out), Path(s.out) / "settings.json"
-    free = {"resume", "overwrite", "plot", "workers", "save_every", "transcribe"}     # these may change when a run is resumed
-    ours = {name: value for name, value in asdict(s).items() if name not in free}
+    changeable = {"resume", "overwrite", "plot", "workers", "save_every", "transcribe"}
+    ours = {name: value for name, value in asdict(s).items() if name not in changeable}
     ours |= {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
     if s.resume:
-        need((out / "state").is_dir() and kept.is_file(), f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
+        need((out / "state").is_dir() and kept.is_file(),
+             f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
         begun = json.loads(kept.read_text(encoding="utf8"))
         other = [f"{name} {begun.get(name)}, not {ours[name]}" for name in ours if begun.get(name) != ours[name]]
         return need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
@@ -684,10 +687,12 @@ def start_folder(s: Settings, model: Whisper) -> None:
     size = 4 * (10 + s.rounds) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
     try:
         space = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
-        need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; make room, or name another")
+        need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; "
+                           "make room, or name another")
         (out / "state").mkdir(parents=True, exist_ok=True)
-        for old in ["log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt", *(out / "state").resolve().iterdir()]:
-            (out / old).unlink(missing_ok=True)
+        results = ("log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt")
+        for old in [*(out / "state").iterdir(), *(out / name for name in results)]:
+            old.unlink(missing_ok=True)
         write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
     except OSError as error:
         raise Stop(f"--out {out} cannot be written ({error}); name a folder that can") from None
@@ -715,15 +720,18 @@ def settings(argv: list[str] | None) -> Settings:
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
         need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, and is refused too
              f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
-    need(s.language in LANGUAGES, f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
-    need(not s.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    need(s.language in LANGUAGES,
+         f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
+    need(not s.plot or importlib.util.find_spec("matplotlib"),
+         "--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
     need(not (s.resume and s.overwrite), "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise Stop(f"--device {device} cannot be used ({str(error).splitlines()[0]}); take cpu, or a machine with cuda") from None
+        raise Stop(f"--device {device} cannot be used ({str(error).splitlines()[0]}); take cpu, "
+                   "or a machine with cuda") from None
     need(s.precision != "fp16" or device != "cpu", "--precision fp16 needs --device cuda; on a cpu take fp32 or bf16")
     for path in s.transcribe:
         read_audio(Path(path))
@@ -745,10 +753,14 @@ def completed(s: Settings, model: Whisper) -> Settings:
 
 def data_folder(s: Settings) -> Path:
     """Where train.tsv, dev.tsv, test.tsv and clips/ lie."""
-    folder = Path(s.data_dir or os.getenv("CV11_HI") or "nowhere") if s.data == "cv11_hi" else EMBEDDED.get(s.data, Path(s.data))
-    need(folder.is_dir() or s.data != "cv11_hi", f"cv11_hi is not in {folder}; get Common Voice Corpus 11.0, Hindi, from Mozilla, "
-         "unpack it, and give the folder that holds train.tsv as --data-dir or $CV11_HI")
-    need(folder.is_dir(), f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, dev.tsv, test.tsv and clips/")
+    if s.data == "cv11_hi":
+        folder = Path(s.data_dir or os.getenv("CV11_HI") or "nowhere")
+        need(folder.is_dir(), f"cv11_hi is not in {folder}; get Common Voice Corpus 11.0, Hindi, from Mozilla, unpack it, "
+                              "and give the folder that holds train.tsv as --data-dir or $CV11_HI")
+    else:
+        folder = EMBEDDED.get(s.data, Path(s.data))
+        need(folder.is_dir(), f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, dev.tsv, "
+                              "test.tsv and clips/")
     return folder
 
 
@@ -787,8 +799,9 @@ def estimate(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     with torch.inference_mode(), autocast(s):
         x = torch.randn(size, size, device=s.device)
         rate = WORLD * 2 * size ** 3 / Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads()).timeit(5).mean
-    say(s, f"{steps:,} steps of {step} clips, {work / 1e12:,.1f} TFLOP: {work / rate / 60:,.1f} min at the {rate / 1e9:,.0f} GFLOP/s "
-           f"of a matrix product,\nup to 3 times that in practice. Memory to train in: {memory / 1e9:.2f} GB, {s.precision} activations.\n")
+    say(s, f"{steps:,} steps of {step} clips, {work / 1e12:,.1f} TFLOP: {work / rate / 60:,.1f} min at the "
+           f"{rate / 1e9:,.0f} GFLOP/s of a matrix product,\nup to 3 times that in practice. "
+           f"Memory to train in: {memory / 1e9:.2f} GB, {s.precision} activations.\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -799,13 +812,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s = settings(argv)
         if WORLD > 1:
-            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)      # what replaces it came with torch 2.13
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)      # its successor is new in 2.13
             torch.cuda.set_device(s.device) if s.device != "cpu" else None
             dist.init_process_group("nccl" if s.device != "cpu" else "gloo")
         run(s)
     except Stop as stop:
         print(f"run.py: {' '.join(str(stop).split())}", file=sys.stderr)
         return stop.code
+    except OSError as error:                     # a disk that is full after the training, a closed pipe
+        print(f"run.py: {error}; when that is mended, the same command with --resume goes on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("run.py: stopped; the same command with --resume goes on", file=sys.stderr)
         return 130
