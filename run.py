@@ -456,15 +456,18 @@ def normalizer(language: str):
 
 
 def table(rows: list[dict]) -> str:
-    """The rows of report.json in 80 columns."""
+    """The rows of report.json in 80 columns, four digits of each figure, with a column always between."""
+    def digits(x: float, width: int) -> str:
+        return f" {x:{width - 1}.{0 if x >= 1000 else 1 if x >= 100 else 2 if x >= 10 else 3}f}"
+
     lines = ["             all     in blocks       peak     one clip",
              "model     params params nonzero memory  FLOPs encoder    WER  95% interval   CER",
              "               M      M       M     MB      G      ms      %             %     %"]
     for r in rows:
         low, high = r["wer_ci95"]
-        lines.append(f"{r['name']:<9}{r['parameters'] / 1e6:7.2f}{r['block_parameters'] / 1e6:7.3f}"
-                     f"{r['block_nonzero'] / 1e6:8.3f}{r['memory_bytes'] / 1e6:7.1f}{r['flops'] / 1e9:7.3f}"
-                     f"{r['latency_ms']:8.1f}{r['wer']:7.1f}{low:7.1f} -{high:5.1f}{r['cer']:6.1f}")
+        lines.append(f"{r['name']:<9}{digits(r['parameters'] / 1e6, 7)}{digits(r['block_parameters'] / 1e6, 7)}"
+                     f"{digits(r['block_nonzero'] / 1e6, 8)}{digits(r['memory_bytes'] / 1e6, 7)}{digits(r['flops'] / 1e9, 7)}"
+                     f" {r['latency_ms']:7.1f} {r['wer']:6.1f} {low:6.1f} -{high:5.1f} {r['cer']:5.1f}")
     return "\n".join(lines)
 
 
@@ -795,6 +798,7 @@ def estimate(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     with Objective(model):                       # so that rows of the vocabulary that are alike count once
         work = steps * step * flops.training(model, n) * (4 / 3 if s.checkpointing else 1)
         memory = flops.training_memory(model, n, s.batch, 4 if s.precision == "fp32" else 2, s.checkpointing)
+        memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
     size = 1024 if s.device == "cpu" else 8192
     with torch.inference_mode(), autocast(s):
         x = torch.randn(size, size, device=s.device)

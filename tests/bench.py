@@ -45,10 +45,11 @@ def in_turns(repeats: int, *calls, device: str = "cpu") -> list[float]:
 
 def sgl() -> None:
     """Ratios, and what they should not exceed: the closed gradient to autograd's (0.5), bytes it holds to the largest
-    matrix (2), prox_ to an AdamW step (1), a training step with 30 s of audio with the penalty to one without (1.05)."""
+    matrix (2), prox_ to an AdamW step (1), a training step on one clip of 30 s with the penalty to one without (1.05): by parts,
+    as the penalty's time beside a plain step's, and measured whole, which swings by more than that on a busy machine."""
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"sgl on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        print("shapes groups   gradient/backward  ms  bytes  prox/AdamW  ms   step with: gradient prox")
+        print("shapes groups   gradient/backward  ms  bytes  prox/AdamW  ms   step by parts: gradient prox  whole: gradient prox")
         for name, dims in {"base": BASE, "small": SMALL}.items():
             model = Whisper(dims).to(device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
@@ -65,7 +66,8 @@ def sgl() -> None:
                        f"{c / d:8.2f}{1e3 * c:7.0f}/{1e3 * d:<5.0f}")
                 if name == "small":
                     plain, with_gradient, with_prox = training_steps(model, optimizer, add, prox, device)
-                    row += f"{with_gradient / plain:12.3f}{with_prox / plain:8.3f}   ({plain:.2f} s)"
+                    row += (f"{1 + a / plain:17.3f}{1 + c / plain:8.3f}{with_gradient / plain:14.3f}{with_prox / plain:8.3f}"
+                            f"   ({plain:.2f} s)")
                 print(row, flush=True)
 
 
