@@ -804,7 +804,7 @@ def estimate(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
         x = torch.randn(size, size, device=s.device)
         rate = WORLD * 2 * size ** 3 / Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads()).timeit(5).mean
     say(s, f"{steps:,} steps of {step} clips, {work / 1e12:,.1f} TFLOP: {work / rate / 60:,.1f} min at the "
-           f"{rate / 1e9:,.0f} GFLOP/s of a matrix product,\nup to 3 times that in practice. "
+           f"{rate / 1e9:,.0f} GFLOP/s of a matrix product,\nup to 4 times that in practice. "
            f"Memory to train in: {memory / 1e9:.2f} GB, {s.precision} activations.\n")
 
 

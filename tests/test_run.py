@@ -6,6 +6,7 @@ import re
 import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -513,6 +514,19 @@ def test_clips_that_do_not_fit_are_counted(nano, tmp_path, capsys):
     clips = run.Clips(folder, "test", nano, TOKENIZER)
     assert len(clips) == 2 and clips.left_out == "1 over 3 s and 1 over 128 tokens left out"
     assert clips.sentences[0].startswith('"'), "a lone quotation mark is a character"
+
+
+def test_network_only_for_a_model_named_by_name(tmp_path, monkeypatch, capsys):
+    """With every connection refused the embedded data is scored as ever; `--model tiny` says in one line what to download."""
+    def refuse(*_):
+        raise OSError("no network")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert run.main(["--evaluate", "--limit", "2"]) == 0
+    assert run.main(["--model", "tiny", "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "tiny.pt" in err and not (tmp_path / "out").exists()
 
 
 def test_an_earlier_run_is_not_overwritten(finished, capsys):
