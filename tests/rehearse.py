@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ def common_voice(folder: Path, rows: int = 3) -> Path:
         spectrum = np.zeros(3 * len(samples) // 2 + 1, complex)
         spectrum[: len(samples) // 2 + 1] = np.fft.rfft(samples)
         soundfile.write(folder / "clips" / name.replace(".ogg", ".mp3"), 3 * np.fft.irfft(spectrum, 3 * len(samples)), 48000)
-    lines[1] = lines[1].replace("\t", "\t", 1).replace(lines[1].split("\t")[2], '"' + lines[1].split("\t")[2])
+    sentence = lines[1].split("\t")[2]
+    lines[1] = lines[1].replace(sentence, '"' + sentence)
     for split in ("train", "dev", "test", "validated"):
         (folder / f"{split}.tsv").write_text("\n".join(lines).replace(".ogg", ".mp3") + "\n", encoding="utf8")
     return folder
@@ -60,7 +62,7 @@ def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
     """Two steps of every phase, interrupted in the third step of all and resumed. Returns OUT."""
     arguments = ["--model", str(checkpoint(folder / f"{size}.pt", size)), "--data", str(common_voice(folder / "cv")), "--steps", "2",
                  "--recovery-steps", "2", "--rounds", "1", "--eval-every", "2", "--batch", str(batch), "--out", str(folder / "out"), *flags]
-    backward, seconds = run.backward, []
+    backward, options, seconds = run.backward, whisper.DecodingOptions, []
 
     def timed(*given):
         if len(seconds) == 2:
@@ -71,11 +73,12 @@ def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
         seconds.append(time.perf_counter() - started)
         return loss
     run.backward = timed
+    whisper.DecodingOptions = partial(options, sample_len=8)         # random weights would never come to an end
     try:
         assert run.main(arguments) == 130, "interrupted"
         assert run.main([*arguments, "--resume"]) == 0, "resumed to the end"
     finally:
-        run.backward = backward
+        run.backward, whisper.DecodingOptions = backward, options
     for name in ("dense", "tspar", "imp"):
         prune.load(folder / "out" / f"{name}.pt")
     whisper.load_model(str(folder / "out/dense.pt"), device="cpu")
