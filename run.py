@@ -170,7 +170,7 @@ def run(s: Settings) -> None:
         return
     for name in ("dense", "tspar", "imp"):
         prune.save(models[name], Path(s.out) / f"{name}.pt")
-    say(s, f"\n{plan.histogram()}\n\n{table(rows)}\n")
+    say(s, f"\n{plan.histogram()}\n\n{table(rows)}\n\n{diagnosis(rows, plan)}\n")
     for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
         say(s, f"said   {said}\ntspar  {text}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
@@ -432,16 +432,20 @@ def heard(model: Whisper, path: str, s: Settings) -> str:
 
 
 def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
-    """Corpus WER and CER of normalized text, in percent. The 95% interval of WER: clips drawn anew 1,000 times."""
+    """Corpus WER and CER of normalized text, in percent. The 95% interval of WER: clips drawn anew 1,000 times.
+
+    wer_draws are those thousand WERs. The same seed draws the same clips, so the draws of two models on the same clips
+    can be subtracted, and their difference has an interval too, narrower than the two it is made from.
+    """
     pairs = [(r, h) for r, h in zip(references, hypotheses) if r]        # no word said, no rate
     need(pairs, "no reference has a word left after normalization; look at --language and the sentence column")
     counts = [jiwer.process_words(r, h) for r, h in pairs]
     errors = np.array([c.substitutions + c.deletions + c.insertions for c in counts])
     words = np.array([c.hits + c.substitutions + c.deletions for c in counts])
-    draws = np.random.default_rng(seed).integers(len(pairs), size=(1000, len(pairs)))
-    low, high = np.percentile(100 * errors[draws].sum(1) / words[draws].sum(1), [2.5, 97.5])
-    return {"wer": 100 * float(errors.sum() / words.sum()), "wer_ci95": [float(low), float(high)],
-            "cer": 100 * jiwer.cer(*map(list, zip(*pairs)))}
+    drawn = np.random.default_rng(seed).integers(len(pairs), size=(1000, len(pairs)))
+    draws = 100 * errors[drawn].sum(1) / words[drawn].sum(1)
+    return {"wer": 100 * float(errors.sum() / words.sum()), "wer_ci95": np.percentile(draws, [2.5, 97.5]).tolist(),
+            "wer_draws": draws.round(3).tolist(), "cer": 100 * jiwer.cer(*map(list, zip(*pairs)))}
 
 
 def normalizer(language: str):
@@ -468,6 +472,25 @@ def table(rows: list[dict]) -> str:
         lines.append(f"{r['name']:<9}{digits(r['parameters'] / 1e6, 7)}{digits(r['block_parameters'] / 1e6, 7)}"
                      f"{digits(r['block_nonzero'] / 1e6, 8)}{digits(r['memory_bytes'] / 1e6, 7)}{digits(r['flops'] / 1e9, 7)}"
                      f" {r['latency_ms']:7.1f} {r['wer']:6.1f} {low:6.1f} -{high:5.1f} {r['cer']:5.1f}")
+    return "\n".join(lines)
+
+
+def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
+    """What the figures say in words, and what to turn where they show a known failure."""
+    row = {r["name"]: r for r in rows}
+    change = row["tspar"]["wer"] - row["dense"]["wer"]
+    low, high = np.percentile(np.subtract(row["tspar"]["wer_draws"], row["dense"]["wer_draws"]), [2.5, 97.5])
+    lines = [f"WER of tspar less that of dense: {change:+.1f} points (95% interval {low:+.1f} to {high:+.1f}): " + (
+        "pruned too far;\nlower --z1, the strengths or --target, or raise --recovery-steps." if low > 0 else
+        "no loss\nthat these clips can show." if high >= 0 else "better.")]
+    gone, of = plan.removed()
+    if gone < 0.1 * of:
+        lines.append(f"Only {gone / of:.1%} of the block parameters are gone: raise --steps, the strengths or --z1.")
+    for side in ("encoder", "decoder"):
+        left = {name: keep.double().mean().item() for name, keep in plan.keep.items() if name.startswith(side)}
+        bare = [name for name, share in left.items() if share < 0.1]
+        if bare and np.mean([*left.values()]) > 0.3:
+            lines.append(f"Nearly emptied while the rest of the {side} is whole: {', '.join(bare)};\nlower the {side}'s strengths.")
     return "\n".join(lines)
 
 

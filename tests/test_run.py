@@ -109,6 +109,22 @@ def test_score_by_hand():
     assert scores["wer_ci95"][0] == 0 and scores["wer_ci95"][1] == 25
 
 
+def test_diagnosis_by_hand():
+    """Draws that are always 1 point above dense's are a loss though the single intervals overlap; the other signatures likewise."""
+    wide = np.linspace(0, 10, 1000)
+    rows = [{"name": "dense", "wer": 5.0, "wer_draws": wide.tolist()}, {"name": "tspar", "wer": 6.0, "wer_draws": (wide + 1).tolist()}]
+    keep = {f"encoder.blocks.{i}.mlp": torch.arange(100) < n for i, n in enumerate((5, 100, 100))} | {"decoder.blocks.0.mlp": torch.ones(4, dtype=torch.bool)}
+    plan = SimpleNamespace(keep=keep, removed=lambda: (5, 100))
+    text = run.diagnosis(rows, plan)
+    assert "+1.0 points (95% interval +1.0 to +1.0): pruned too far" in text and max(map(len, text.split("\n"))) <= 100
+    assert "Only 5.0%" in text and "encoder is whole: encoder.blocks.0.mlp;" in text and "decoder is whole" not in text
+    rows[1] |= {"wer": 5.0, "wer_draws": wide[::-1].tolist()}
+    plan.removed, plan.keep = lambda: (50, 100), {f"{side}.blocks.0.mlp": torch.ones(4, dtype=torch.bool) for side in ("encoder", "decoder")}
+    assert run.diagnosis(rows, plan).endswith("no loss\nthat these clips can show.")
+    rows[1]["wer_draws"] = (wide - 1).tolist()
+    assert run.diagnosis(rows, plan).endswith("better.")
+
+
 def test_normalizers_keep_vowel_signs():
     """Bengali and Tamil keep their signs, punctuation goes; Hindi spellings meet; English uses Whisper's."""
     assert run.normalizer("bn")("আমি, বাংলা বলি।") == "আমি বাংলা বলি"
@@ -294,6 +310,25 @@ def test_ctrl_c_keeps_the_last_step(uninterrupted, tmp_path):
     assert ended(in_child([*arguments, "--resume"])) == 0 and same_bits(uninterrupted, out)
 
 
+def test_write_renames_a_whole_file(tmp_path):
+    """While the new file fills, and when that fails, the old one is there whole; then the very file that was filled takes its name."""
+    path, inodes = tmp_path / "x.json", []
+    path.write_bytes(b"old")
+
+    def fill(file):
+        file.write(b"new")
+        file.flush()
+        inodes.append(os.fstat(file.fileno()).st_ino)
+        assert path.read_bytes() == b"old"
+        if len(inodes) == 1:
+            raise OSError("disk full")
+    with pytest.raises(OSError):
+        run.write(path, fill)
+    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+    run.write(path, fill)
+    assert path.read_bytes() == b"new" and path.stat().st_ino == inodes[1] and [*tmp_path.iterdir()] == [path]
+
+
 def test_full_disk_leaves_the_last_state(tmp_path, capfd):
     """When a state cannot be written the run stops with one line and exit code 1; the state before it is whole."""
     out = tmp_path / "out"
@@ -399,7 +434,8 @@ def test_decoding_processes_change_nothing(nano):
     clips, keys = run.Clips(MINI, "train", nano, TOKENIZER, 6, keep=False), [[(0, 0, 7), (3, 0, 8)], [(5,)]]
     for ours, theirs in zip(*(list(run.batches(clips, run.replace(run.Settings(workers=n), device="cpu"), keys)) for n in (0, 2))):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    assert not torch.equal(clips[0, 0, 7][0], clips[0,][0]) and torch.equal(clips[0, 0, 7][0], clips[0, 0, 7][0])
+    plain, once, again, elsewhere, other_seed = (clips[key][0] for key in ((0,), (0, 0, 7), (0, 0, 7), (0, 0, 8), (0, 1, 7)))
+    assert torch.equal(once, again) and not any(torch.equal(once, mel) for mel in (plain, elsewhere, other_seed))
 
 
 def test_bench_prints_dense_beside_pruned(capsys):
