@@ -413,6 +413,23 @@ def test_activations_in_bf16_weights_in_float32(tmp_path):
     assert b.dtype == torch.float32 and not torch.equal(a, b) and (a - b).abs().max() < 1e-3
 
 
+def test_learning_rate_by_hand(tmp_path, monkeypatch):
+    """Ten steps: two of warm-up (a fifth), then down a straight line that would reach zero with the eleventh."""
+    model, rates, step = prune.load(NANO), [], torch.optim.AdamW.step
+    s = run.completed(run.settings(["--steps", "10", "--lr", "8e-4", "--batch", "1", "--out", str(tmp_path)]), model)
+    (tmp_path / "state").mkdir()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a)))
+    run.fine_tune(model, {"train": run.Clips(MINI, "train", model, TOKENIZER, 2)}, s, "test")
+    assert rates == pytest.approx([4e-4, 8e-4, 8e-4, 7e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+
+
+def test_precision_names():
+    """fp32 switches autocast off; bf16 and fp16 are those types."""
+    on = {p: run.autocast(run.replace(run.Settings(), device="cpu", precision=p)) for p in ("fp32", "bf16", "fp16")}
+    assert [on[p].fast_dtype for p in ("bf16", "fp16")] == [torch.bfloat16, torch.float16]
+    assert [context._enabled for context in on.values()] == [False, True, True]
+
+
 def test_best_dev_loss_is_kept(nano, tmp_path, monkeypatch):
     """Of dev losses 3, 1, 2 the second wins: the phase ends with the weights it had then. With a penalty, the last count."""
     s = run.completed(run.settings([*GENTLE, "--batch", "2", "--eval-every", "1", "--out", str(tmp_path)]), nano)
@@ -550,6 +567,9 @@ def test_clips_that_do_not_fit_are_counted(nano, tmp_path, capsys):
     clips = run.Clips(folder, "test", nano, TOKENIZER)
     assert len(clips) == 2 and clips.left_out == "1 over 3 s and 1 over 128 tokens left out"
     assert clips.sentences[0].startswith('"'), "a lone quotation mark is a character"
+    for words, fits in ((123, True), (124, True), (125, False)):        # 4 of prompt, and the end is never an input: 128
+        (folder / "dev.tsv").write_text("\n".join([lines[0], lines[1], lines[1].replace(lines[1].split("\t")[2], "a " * words)]), encoding="utf8")
+        assert len(run.Clips(folder, "dev", nano, TOKENIZER)) == 1 + fits
 
 
 def test_network_only_for_a_model_named_by_name(tmp_path, monkeypatch, capsys):
