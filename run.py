@@ -13,8 +13,9 @@ Four models come out, measured on the same clips by the same code:
     imp        dense after --steps, then Iterative Magnitude Pruning (Han et al. 2015) to as many nonzero weights as
                tspar has, in --rounds of prune and retrain that share the --recovery-steps
 
-All take the same number of steps, with the same clips in the same order at the same learning rates. `run`, at the
-end, is the method top to bottom. --out receives report.json, log.txt and the checkpoints dense.pt, tspar.pt,
+All take the same number of steps, with the same clips in the same order at the same learning rates. The file reads from
+the top: `run` is the method, then come fine-tuning and measuring; what follows them (data, saved states, the command
+line) can wait. --out receives report.json, log.txt and the checkpoints dense.pt, tspar.pt,
 imp.pt; prune.load reads them all, whisper.load_model all but tspar.pt (prune.expand makes that one stock again).
 
 Order, augmentation and learning rate follow from the seed and the step number alone. So the same command with
@@ -84,6 +85,7 @@ class Stop(Exception):
 
 
 def need(ok, otherwise: str) -> None:
+    """Stop with that sentence, if not ok."""
     if not ok:
         raise Stop(otherwise)
 
