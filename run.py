@@ -32,12 +32,14 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import time
 import unicodedata
 import warnings
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -145,6 +147,8 @@ def run(s: Settings) -> None:
     if s.transcribe or s.bench or s.evaluate:
         return look(model, s)
     clips = {split: load_clips(model, split, s) for split in ("train", "dev", s.split)}
+    if s.target:
+        decide(model, s)                         # whether so much can go at all, before hours of training
     if RANK == 0:
         start_folder(s, model)
     summed(0, s)                                 # the others wait; if process 0 stops here, torchrun stops them all
@@ -161,8 +165,8 @@ def run(s: Settings) -> None:
     plan = tspar(pruned, clips, s)
     clock.append(time.time())
 
-    left = flops.parameters(pruned)["blocks_nonzero"] / flops.parameters(model)["blocks"]
-    iterative_magnitude(imp, clips, s, 1 - left)
+    surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
+    iterative_magnitude(imp, clips, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
     clock.append(time.time())
 
     models = {"original": model, "dense": dense, "tspar": pruned, "imp": imp}
@@ -188,11 +192,9 @@ def run(s: Settings) -> None:
 
 def tspar(model: Whisper, clips: dict[str, Clips], s: Settings) -> prune.Plan:
     """The method: fine-tune with the penalty, decide in two passes, remove, recover. Returns what was decided."""
-    groups = prune.units(model) if s.groups == "unit" else columns(model)
-    penalty = SparseGroupLasso(groups, s.l1_encoder, s.l1_decoder, s.l2_encoder, s.l2_decoder)
+    penalty = SparseGroupLasso(groups_of(model, s), s.l1_encoder, s.l1_decoder, s.l2_encoder, s.l2_decoder)
     fine_tune(model, clips, s, "tspar: fine-tune", penalty)
-    decide = lambda z1: prune.two_pass(model, groups, z1, s.z2)
-    plan = prune.target(s.target, decide) if s.target else decide(s.z1)
+    plan = decide(model, s)
     prune.remove_(model, plan)
     gone, of = plan.removed()
     say(s, f"{'tspar: two passes':<22}{gone:,} of {of:,} block parameters removed ({gone / of:.1%})")
@@ -200,8 +202,21 @@ def tspar(model: Whisper, clips: dict[str, Clips], s: Settings) -> prune.Plan:
     return plan
 
 
+def groups_of(model: Whisper, s: Settings) -> dict:
+    return prune.units(model) if s.groups == "unit" else columns(model)
+
+
+def decide(model: Whisper, s: Settings) -> prune.Plan:
+    """Two passes, at --z1 or at the threshold that removes --target."""
+    at = lambda z1: prune.two_pass(model, groups_of(model, s), z1, s.z2)
+    try:
+        return prune.target(s.target, at) if s.target else at(s.z1)
+    except ValueError as error:
+        raise Stop(f"--target {s.target}: {error}") from None
+
+
 def iterative_magnitude(model: Whisper, clips: dict[str, Clips], s: Settings, share: float) -> None:
-    """The baseline: after round r of R, (1 - share)^(r/R) of the block weights are left, and the model retrains."""
+    """The baseline: after round r of R, (1 - share)^(r/R) of the Linear weights are left, and the model retrains."""
     for r in range(s.rounds):
         prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / s.rounds))
         steps = s.recovery_steps * (r + 1) // s.rounds - s.recovery_steps * r // s.rounds
@@ -262,6 +277,9 @@ def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
             state.save()
             raise Stop(f"stopped after step {state.step} of {title}; the same command with --resume goes on", 130) from None
         except (OSError, RuntimeError) as error:             # a full disk, too little memory, a worker killed
+            known = "out of memory|allocate|inline_container|unexpected pos|DataLoader worker"      # of RuntimeErrors
+            if not isinstance(error, OSError) and not re.search(known, str(error)):
+                raise
             raise Stop(f"{title} failed in step {state.step + 1} ({str(error).splitlines()[0]}); when that is mended, the "
                        "same command with --resume goes on from the last saved step", 1) from error
         finally:
@@ -269,7 +287,7 @@ def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
         if first < s.steps:
             state.finish()
     model.eval()
-    if first < s.steps or not s.resume:
+    if first < s.steps or not s.resume:          # a phase that --resume found finished has been reported
         dev = f"   dev {state.best[0]:.3f}" if state.best[0] < math.inf else ""
         loss = f"loss {np.mean(state.losses):.3f}" if state.losses else "untouched"
         say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}{dev}   {time.time() - started:5.0f} s")
@@ -521,10 +539,12 @@ def read_audio(path: Path) -> np.ndarray:
     40 tones below 7 kHz, faded in and out, from 32, 44.1 and 48 kHz: error at most -215 dB of the exact samples (soxr 1.1
     at its best quality -74 dB, scipy 1.17's resample_poly -46 dB).
     """
+    need(Path(path).is_file(), f"{path} is no file; give one that libsndfile reads: mp3, ogg, flac, wav")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (RuntimeError, OSError) as error:
         raise Stop(f"{path} is no readable audio ({error}); replace it, or take it out of the list") from None
+    need(len(samples) and np.isfinite(samples).all(), f"{path} has no samples, or some that are no numbers; replace it")
     mono = samples.mean(1)
     n = round(len(mono) * SAMPLE_RATE / rate)
     if rate == SAMPLE_RATE or n == 0:
@@ -541,17 +561,18 @@ class Clips(Dataset):
     def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, keep: bool = True):
         table, window, context = folder / f"{split}.tsv", model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
         try:
-            with open(table, encoding="utf8", newline="") as file:      # no quoting: a lone " is a character
+            with open(table, encoding="utf-8-sig", newline="") as file:         # no quoting: a lone " is a character
                 rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: limit or None]
         except (OSError, UnicodeDecodeError) as error:
             raise Stop(f"{table} cannot be read ({error}); a folder like Common Voice's is needed: train.tsv, "
                        "dev.tsv, test.tsv, clips/") from None
-        need(rows and all(row.get("path") and row.get("sentence") is not None for row in rows),
-             f"{table} has {len(rows)} rows with the columns {list(rows[0]) if rows else []}; it needs at least one row, "
-             "and in each a path and a sentence, tab-separated, named in the first line")
+        short = [i for i, row in enumerate(rows, 2) if not row.get("path") or row.get("sentence") is None]
+        need(rows and not short, f"{table} has {len(rows)} rows with the columns {list(rows[0]) if rows else []}"
+             f"{f', and line {short[0]} lacks one' if short else ''}; it needs at least one row, and in each a path and a "
+             "sentence, tab-separated, named in the first line")
         start = [*tokenizer.sot_sequence_including_notimestamps]
         self.n_start, self.n_mels, self.n_frames = len(start), model.dims.n_mels, 2 * model.dims.n_audio_ctx
-        self.paths, self.sentences, self.tokens, long, wordy = [], [], [], 0, 0
+        self.paths, self.sentences, self.tokens, broken, left_out = [], [], [], [], Counter()
         for row in rows:
             path, text = folder / "clips" / row["path"], row["sentence"].strip()
             need(not os.path.isabs(row["path"]) and not os.path.normpath(row["path"]).startswith(".."),
@@ -559,13 +580,18 @@ class Clips(Dataset):
             tokens = start + tokenizer.encode(" " + text) + [tokenizer.eot]
             try:
                 seconds = soundfile.info(path).duration      # a broken clip shows now, not after an hour
-            except (RuntimeError, OSError) as error:
-                raise Stop(f"{path} is no readable audio ({error}); replace it, or take its row out of {table}") from None
-            long, wordy = long + (seconds > window), wordy + (len(tokens) - 1 > context)
-            if seconds <= window and len(tokens) - 1 <= context:
-                self.paths, self.sentences, self.tokens = self.paths + [path], self.sentences + [text], self.tokens + [tokens]
+            except (RuntimeError, OSError):
+                broken.append(path)
+                continue
+            reasons = {"without sound": seconds == 0, "without text": not text, f"over {window:g} s": seconds > window,
+                       f"over {context} tokens": len(tokens) - 1 > context}
+            left_out.update(reason for reason, true in reasons.items() if true)
+            if not any(reasons.values()):
+                self.paths.append(path), self.sentences.append(text), self.tokens.append(tokens)
+        need(not broken, f"{len(broken)} of the {len(rows)} clips of {table} are missing or no audio, the first is "
+             f"{broken[0] if broken else ''}; replace them, or take their rows out")
         need(self.paths, f"no clip of {table} fits the model's window of {window:g} s and {context} tokens; take another model")
-        self.left_out = f"{long} over {window:g} s and {wordy} over {context} tokens left out" if long + wordy else ""
+        self.left_out = "left out: " + ", ".join(f"{n} {reason}" for reason, n in left_out.items()) if left_out else ""
         self.mels: dict[int, torch.Tensor] | None = {} if keep else None
 
     def __len__(self) -> int:
@@ -630,7 +656,8 @@ def share(n: int, batch: int) -> list[list[tuple]]:
 # ------------------------------------------------------------------------------------------------------ nothing is lost
 
 class State:
-    """What a phase has reached. It lies in OUT/state, whole or not at all, and --resume takes it up again."""
+    """What a phase has reached, with the vocabulary as Objective has it. It lies in OUT/state, whole or not at all, and
+    --resume takes it up again."""
 
     def __init__(self, model: Whisper, s: Settings, title: str):
         self.path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
@@ -701,15 +728,20 @@ def say(s: Settings, text: str) -> None:
 def start_folder(s: Settings, model: Whisper) -> None:
     """Make --out, or find in it what --resume goes on with. What an earlier run left goes only when told so."""
     out, kept = Path(s.out), Path(s.out) / "settings.json"
-    changeable = {"resume", "overwrite", "plot", "workers", "save_every", "transcribe"}
-    ours = {name: value for name, value in asdict(s).items() if name not in changeable}
+    changeable = {"resume", "overwrite", "plot", "workers", "save_every"}
+    if not (out / "state/tspar-recover.pt").exists():
+        changeable |= {"z1", "z2", "target", "rounds"}       # nothing has been pruned yet
+    ours = {name: value for name, value in asdict(s).items() if name != "transcribe"}
     ours |= {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
     if s.resume:
         need((out / "state").is_dir() and kept.is_file(),
              f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
         begun = json.loads(kept.read_text(encoding="utf8"))
-        other = [f"{name} {begun.get(name)}, not {ours[name]}" for name in ours if begun.get(name) != ours[name]]
-        return need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
+        other = [f"{name} {begun.get(name)}, not {ours[name]}" for name in ours
+                 if name not in changeable and begun.get(name) != ours[name]]
+        need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
+        write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
+        return say(s, "\nresumed")
     need(not out.exists() or s.overwrite and out.is_dir() or out.is_dir() and not any(out.iterdir()),
          f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
     size = 4 * (10 + s.rounds) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
@@ -730,7 +762,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
 
 def settings(argv: list[str] | None) -> Settings:
     """The command line, checked as far as that goes without loading anything."""
-    parser = argparse.ArgumentParser("run.py", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser("run.py", allow_abbrev=False, description=__doc__.partition("\n\n")[0])
 
     def refuse(message: str):
         raise Stop(f"{message}; see python run.py --help")
@@ -752,6 +784,7 @@ def settings(argv: list[str] | None) -> Settings:
          f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
     need(not s.plot or importlib.util.find_spec("matplotlib"),
          "--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
+    need(not s.data_dir or s.data == "cv11_hi", f"--data-dir is for --data cv11_hi; for another folder give --data {s.data_dir}")
     need(not (s.resume and s.overwrite), "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
@@ -775,6 +808,8 @@ def completed(s: Settings, model: Whisper) -> Settings:
     lr, steps, batch = RECIPES.get(model.dims.n_audio_state, (1e-5, 2000, 16))
     lr, steps = lr if s.lr is None else s.lr, steps if s.steps is None else s.steps
     given = {name: value for name, value in asdict(s).items() if value is not None}
+    need(s.rounds <= max(1, steps if s.recovery_steps is None else s.recovery_steps),
+         f"--rounds {s.rounds} is more than there are --recovery-steps to share; lower it")
     return Settings(**{"lr": lr, "steps": steps, "recovery_steps": steps, "recovery_lr": lr / 3, "batch": batch,
                        "workers": 0 if nano else min(8, os.cpu_count()), "eval_every": 0 if nano else 250} | given)
 
@@ -783,7 +818,7 @@ def data_folder(s: Settings) -> Path:
     """Where train.tsv, dev.tsv, test.tsv and clips/ lie."""
     if s.data == "cv11_hi":
         folder = Path(s.data_dir or os.getenv("CV11_HI") or "nowhere")
-        need(folder.is_dir(), f"cv11_hi is not in {folder}; get Common Voice Corpus 11.0, Hindi, from Mozilla, unpack it, "
+        need(folder.is_dir(), f"cv11_hi is not in {s.data_dir or os.getenv('CV11_HI') or 'a folder that was named'}; get Common Voice Corpus 11.0, Hindi, from Mozilla, unpack it, "
                               "and give the folder that holds train.tsv as --data-dir or $CV11_HI")
     else:
         folder = EMBEDDED.get(s.data, Path(s.data))
@@ -851,8 +886,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:                     # a disk that is full after the training, a closed pipe
         print(f"run.py: {error}; when that is mended, the same command with --resume goes on", file=sys.stderr)
         return 1
+    except RuntimeError:
+        if RANK == 0:
+            raise
+        return 1                                 # process 0 has said why it left
     except KeyboardInterrupt:
-        print("run.py: stopped; the same command with --resume goes on", file=sys.stderr)
+        print("run.py: stopped; if training had begun, the same command with --resume goes on", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -156,7 +156,7 @@ def test_report_holds_what_the_table_shows(finished):
         assert tspar[smaller] < dense[smaller]
     for same in ("parameters", "block_parameters", "memory_bytes", "flops"):
         assert imp[same] == dense[same] == rows["original"][same], "zeros save nothing"
-    assert abs(imp["block_nonzero"] - tspar["block_nonzero"]) < 0.02 * dense["block_parameters"], "compared at equal sparsity"
+    assert abs(imp["block_nonzero"] - tspar["block_nonzero"]) <= 2, "compared at equal sparsity"
     assert report["seed"] == 0 and set(report["seconds"]) == {"dense", "tspar", "imp", "measure"}
 
 
@@ -505,6 +505,9 @@ def broken(tmp_path: Path, what: str) -> list[str]:
         clip.unlink()
     elif what == "bad clip":
         clip.write_bytes(b"no audio")
+    elif what == "no samples":
+        soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+        return ["--transcribe", str(tmp_path / "empty.wav")]
     elif what in ("outside", "absolute"):
         table.write_text(text.replace("\tmini", "\t../../mini" if what == "outside" else "\t/mini", 1), encoding="utf8")
     elif what == "nothing fits":
@@ -524,7 +527,8 @@ def broken(tmp_path: Path, what: str) -> list[str]:
     ("no clip", ".mp3"), ("bad clip", ".mp3"), ("outside", "stay inside"), ("absolute", "stay inside"), ("nothing fits", "no clip"),
     ("not utf-8", "train.tsv"), (["--resume"], "no interrupted run"), (["--resume", "--overwrite"], "--overwrite"),
     (["--precision", "fp16", "--device", "cpu"], "fp16"), (["--transcribe", "missing.wav"], "missing.wav"),
-    (["--accumulate", "0"], "--accumulate"), (["--save-every", "0"], "--save-every"), (["--workers", "-1"], "--workers"),
+    (["--accumulate", "0"], "--accumulate"), (["--target", "0.99"], "0.961"), (["--rounds", "9", "--recovery-steps", "5"], "--rounds 9"),
+    (["--data-dir", "x"], "--data-dir"), (["--step", "3"], "--step"), ("no samples", "no samples"), (["--save-every", "0"], "--save-every"), (["--workers", "-1"], "--workers"),
     (["--model", str(MINI / "test.tsv")], "test.tsv")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, names, tmp_path, capsys):
     """What came is named, in one line on stderr, nothing on stdout, before anything is trained or written."""
@@ -548,6 +552,7 @@ def test_resume_of_another_run(tmp_path, capsys):
         err = capsys.readouterr().err
         assert named in err and err.count("\n") == 1
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert ended(in_child([*QUICK, "--z1", "-1", "--out", str(out), "--resume"])) == 0, "nothing was pruned yet: how much may change"
 
 
 def test_too_little_room_is_said_before_training(tmp_path, monkeypatch, capsys):
@@ -565,7 +570,7 @@ def test_clips_that_do_not_fit_are_counted(nano, tmp_path, capsys):
     lines[3] = lines[3].replace(lines[3].split("\t")[2], "नमस्ते " * 100)
     (folder / "test.tsv").write_text("\n".join(lines), encoding="utf8")
     clips = run.Clips(folder, "test", nano, TOKENIZER)
-    assert len(clips) == 2 and clips.left_out == "1 over 3 s and 1 over 128 tokens left out"
+    assert len(clips) == 2 and clips.left_out == "left out: 1 over 3 s, 1 over 128 tokens"
     assert clips.sentences[0].startswith('"'), "a lone quotation mark is a character"
     for words, fits in ((123, True), (124, True), (125, False)):        # 4 of prompt, and the end is never an input: 128
         (folder / "dev.tsv").write_text("\n".join([lines[0], lines[1], lines[1].replace(lines[1].split("\t")[2], "a " * words)]), encoding="utf8")
