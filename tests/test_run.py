@@ -280,7 +280,7 @@ def test_no_partial_file_after_random_kills(uninterrupted, tmp_path):
     arguments = [*QUICK, "--eval-every", "2", "--save-every", "1", "--out", str(out)]
     while kills < 20:
         pid = in_child([*arguments, "--resume"] if (out / "settings.json").exists() else [*arguments, "--overwrite"])
-        time.sleep(rng.uniform(0.2, 1))
+        time.sleep(rng.uniform(0.15, 0.7))
         os.kill(pid, signal.SIGKILL)
         kills += ended(pid) == -signal.SIGKILL
         for path in out.rglob("*"):
@@ -479,7 +479,7 @@ def test_transcribe_files(tmp_path, capsys):
 def test_rehearsal_on_tiny(tmp_path, monkeypatch):
     """Tiny's real dimensions, OpenAI's file format, 48 kHz mp3: two steps of every phase, interrupted and resumed."""
     monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # slow here
-    out = rehearse("tiny", tmp_path, 1, ["--limit", "1", "--workers", "1"])
+    out = rehearse("tiny", tmp_path, 1, ["--limit", "1", "--workers", "0"])
     rows = json.loads((out / "report.json").read_text(encoding="utf8"))["models"]
     assert [row["name"] for row in rows] == ["original", "dense", "tspar", "imp"] and rows[0]["parameters"] == 37_184_640
     assert "dev " in (out / "log.txt").read_text(encoding="utf8")
