@@ -458,8 +458,9 @@ def within_5_percent(model: Whisper, batch: int) -> None:
 
 @linux_only
 def test_high_water_of_a_known_size():
-    """Three arrays of 8 MB, never more than two at once, are 16 MB, whatever the warm-up took before."""
-    megabytes = iter([64, 8])
+    """Three arrays of 48 MB, never more than two at once, are 96 MB, whatever the warm-up took before; the kernel's own count
+    of resident pages may lag by some 0.2 MB."""
+    megabytes = iter([96, 48])
 
     def call():
         size = next(megabytes) * 10**6 // 4
@@ -469,7 +470,7 @@ def test_high_water_of_a_known_size():
 
     hole = [torch.ones(25_000) for _ in range(400)]     # 40 MB too small to be mapped: the heap keeps them
     hole = hole[-1:]                                    # when freed, under the last one
-    assert flops._peak(call, torch.device("cpu")) == pytest.approx(16e6, rel=0.01)
+    assert flops._peak(call, torch.device("cpu")) == pytest.approx(96e6, rel=0.01)
 
 
 @linux_only
