@@ -203,6 +203,7 @@ def tspar(model: Whisper, clips: dict[str, Clips], s: Settings) -> prune.Plan:
 
 
 def groups_of(model: Whisper, s: Settings) -> dict:
+    """What is penalized and pruned: name -> [(parameter, axis), ...]."""
     return prune.units(model) if s.groups == "unit" else columns(model)
 
 
