@@ -1,6 +1,7 @@
 """Make tests/data/nano.pt: a Whisper of 8 million parameters, trained from nothing on tests/data/mini_hi alone.
 
-    python tests/make_nano.py               # 1,800 steps
+    python tests/make_nano.py                                                                         # 1,800 steps
+    python tests/make_nano.py --data runs/mini_en --language en --out runs/nano_en.pt                 # for the study
 
 It is a stock openai-whisper checkpoint ({"dims", "model_state_dict"}): whisper.load_model reads it, whisper.decode decodes with
 it. Its window is 3 s instead of 30, its width 128, its vocabulary the full multilingual one, so everything that
@@ -75,10 +76,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=DATA / "mini_hi")
+    parser.add_argument("--language", default="hi")
     parser.add_argument("--out", type=Path, default=DATA / "nano.pt")
     args = parser.parse_args()
-    tokenizer = whisper.tokenizer.get_tokenizer(True, language="hi", task="transcribe")
-    clips = Clips(DATA / "mini_hi", "train", whisper.model.Whisper(DIMS), tokenizer)
+    tokenizer = whisper.tokenizer.get_tokenizer(True, language=args.language, task="transcribe")
+    clips = Clips(args.data, "train", whisper.model.Whisper(DIMS), tokenizer)
     started, model = time.time(), fresh(clips, args.seed)
     train(model, clips, args.steps, args.seed)
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
