@@ -86,7 +86,7 @@ class Plan:
     def histogram(self, bins: int = 12, width: int = 40) -> str:
         """n_j of each side as bars of text, with pass 1's threshold where it falls."""
         lines = []
-        for side in dict.fromkeys(name.split(".")[0] for name in self.norms):
+        for side in dict.fromkeys(map(side_of, self.norms)):
             norms, cut = self.pooled(side)
             counts, edges = (x.tolist() for x in torch.histogram(norms, bins))
             lines.append(f"{side}: norms of {len(norms):,} groups, {int((norms < cut).sum()):,} below the cut at {cut:.4f}")
@@ -118,24 +118,30 @@ def units(model: Whisper) -> dict[str, Group]:
     return {name: [(params[p], axis) for p, axis in _members(name)] for name in names}
 
 
-def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float = -0.25,
-             z2: float | None = -1.0, floor: float = 0.05, multiple: int = 8) -> Plan:
+def side_of(name: str) -> str:
+    """"encoder" or "decoder": what pass 1 pools over."""
+    return name.partition(".")[0]
+
+
+def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float = -0.25, z2: float | None = -1.0,
+             floor: float = 0.05, multiple: int = 8, pool: Callable[[str], str] = side_of) -> Plan:
     """Decide by (1) and (2) what goes; the model is only read.
 
     groups    name -> [(parameter, axis)]: units(model) if None, else any of these and any columns
     z1, z2    standard deviations from the mean; z2=None leaves pass 2 out
     floor     share of the mean norm below which a group goes whatever z1 says, >= 0
     multiple  widths are rounded up to it; 1 only evens the heads
+    pool      group names for which it says the same share mean, std and threshold; pool=str: each its own
 
     Raises ValueError on a block weight or a setting that is not finite, and on a group of another model."""
     for key, value in {"z1": z1, "z2": 0.0 if z2 is None else z2, "floor": floor}.items():
         if not math.isfinite(value) or (key == "floor" and value < 0):
             raise ValueError(f"{key} is {value}; give a finite number, and floor at least 0")
     norms, cuts = _norms(model, units(model) if groups is None else groups), {}
-    for side in dict.fromkeys(name.split(".")[0] for name in norms):
-        inside = [name for name in norms if name.startswith(side)]
-        pool = torch.cat([norms[name] for name in inside])
-        mean, std = pool.mean().item(), pool.std(correction=0).item()
+    for label in dict.fromkeys(map(pool, norms)):
+        inside = [name for name in norms if pool(name) == label]
+        pooled = torch.cat([norms[name] for name in inside])
+        mean, std = pooled.mean().item(), pooled.std(correction=0).item()
         cuts |= dict.fromkeys(inside, max(floor * mean, mean + z1 * std))
     keep = _even(model, norms, cuts, multiple)
     settings = {"z1": z1, "z2": z2, "floor": floor, "multiple": multiple}

@@ -111,6 +111,7 @@ class Settings:
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
     lr: float = flag(None, "learning rate of the first phase (nano 3e-3, small 1.25e-5, medium 6.25e-6)", kind=float)
     recovery_lr: float = flag(None, "learning rate of the second phase (a third of --lr)", kind=float)
+    distil: bool = flag(False, "also learn from the model as it came: its soft outputs and its encoder (beyond the paper)")
     sgl: str = flag("loss", "loss adds the penalty's gradient, prox takes the proximal step", "loss", "prox")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     l1_encoder: float = flag(2.2e-5, "strength on single weights: higher makes them smaller")
@@ -135,7 +136,9 @@ class Settings:
     evaluate: bool = flag(False, "only measure the model")
     bench: bool = flag(False, "only compare predicted and measured cost, dense and pruned")
     transcribe: list = flag((), "only print the text of these audio files", kind=str)
-    plot: bool = flag(False, "also draw OUT/plot.png (needs matplotlib)")
+    plot: bool = flag(False, "also draw OUT/plot.png, or the study's figures (needs matplotlib)")
+    study: bool = flag(False, "the whole comparison: methods, sizes, seeds, ablations (hours; tests/study.py)")
+    from_: str = flag("", "with --study: train nothing, make tables and figures from what lies in this folder")
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -158,11 +161,11 @@ def run(s: Settings) -> None:
     dense = copy.deepcopy(model)
     fine_tune(dense, clips, s, "dense: fine-tune")
     imp = copy.deepcopy(dense)
-    fine_tune(dense, clips, recovery(s), "dense: go on")
+    losses = {"dense": fine_tune(dense, clips, recovery(s), "dense: go on")}
     clock.append(time.time())
 
     pruned = copy.deepcopy(model)
-    plan = tspar(pruned, clips, s)
+    plan, losses["tspar"] = tspar(pruned, clips, s)
     clock.append(time.time())
 
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
@@ -174,6 +177,8 @@ def run(s: Settings) -> None:
     clock.append(time.time())
     if RANK > 0:
         return
+    for row in rows:
+        row["loss"] = losses.get(row["name"])
     for name in ("dense", "tspar", "imp"):
         prune.save(models[name], Path(s.out) / f"{name}.pt")
     say(s, f"\n{plan.histogram()}\n\n{table(rows)}\n\n{diagnosis(rows, plan)}\n")
@@ -190,16 +195,15 @@ def run(s: Settings) -> None:
     say(s, f"\nin {s.out}: report.json, log.txt, dense.pt, tspar.pt, imp.pt   ({sum(seconds.values()):.0f} s)")
 
 
-def tspar(model: Whisper, clips: dict[str, Clips], s: Settings) -> prune.Plan:
-    """The method: fine-tune with the penalty, decide in two passes, remove, recover. Returns what was decided."""
+def tspar(model: Whisper, clips: dict[str, Clips], s: Settings) -> tuple[prune.Plan, float]:
+    """The method: fine-tune with the penalty, decide in two passes, remove, recover. What was decided, and the last loss."""
     penalty = SparseGroupLasso(groups_of(model, s), s.l1_encoder, s.l1_decoder, s.l2_encoder, s.l2_decoder)
     fine_tune(model, clips, s, "tspar: fine-tune", penalty)
     plan = decide(model, s)
     prune.remove_(model, plan)
     gone, of = plan.removed()
     say(s, f"{'tspar: two passes':<22}{gone:,} of {of:,} block parameters removed ({gone / of:.1%})")
-    fine_tune(model, clips, recovery(s), "tspar: recover")
-    return plan
+    return plan, fine_tune(model, clips, recovery(s), "tspar: recover")
 
 
 def groups_of(model: Whisper, s: Settings) -> dict:
@@ -232,10 +236,12 @@ def recovery(s: Settings) -> Settings:
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 
 def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
-              penalty: SparseGroupLasso | None = None) -> None:
+              penalty: SparseGroupLasso | None = None) -> float:
     """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero.
+    Returns the mean loss of the last 20 steps, in nats a token, without penalty.
 
-    Warm-up over the first fifth, 50 steps at most, then linear decay to zero. With s.eval_every, a phase without
+    Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero over
+    the first half: groups that turn out useful have moved before it presses on all. With s.eval_every, a phase without
     penalty ends with the weights of the lowest dev loss; with penalty the last ones count, as it needs its time.
     """
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
@@ -243,7 +249,8 @@ def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
     # Place p of the endless shuffled sequence holds clip order[p], augmented by p; `places` deals the places out.
     epochs = [np.random.default_rng([s.seed, e]).permutation(len(train)) for e in range(math.prod(shape) // len(train) + 1)]
     order, places = np.concatenate(epochs), np.arange(math.prod(shape)).reshape(shape)
-    with Objective(model) as objective, checkpointed(model) if s.checkpointing else nullcontext():
+    teacher = load_model(s) if s.distil else None
+    with Objective(model, teacher) as objective, checkpointed(model) if s.checkpointing else nullcontext():
         state = State(model, s, title)
         first, net = state.step, objective
         if WORLD > 1:
@@ -259,6 +266,8 @@ def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
                         group["lr"] = rate
                     loss = backward(net, loader, sum(train.n_targets(i) for i in order[places[step]].flat), s, state)
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    if penalty:
+                        penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
                     if penalty and s.sgl == "loss":
                         penalty.add_gradient_()      # once, after all-reduce and clipping: the strength depends on neither
                     state.scaler.step(state.optimizer)
@@ -288,10 +297,12 @@ def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
         if first < s.steps:
             state.finish()
     model.eval()
+    last = float(np.mean(state.losses or [math.nan]))
     if first < s.steps or not s.resume:          # a phase that --resume found finished has been reported
         dev = f"   dev {state.best[0]:.3f}" if state.best[0] < math.inf else ""
-        loss = f"loss {np.mean(state.losses):.3f}" if state.losses else "untouched"
+        loss = f"loss {last:.3f}" if state.losses else "untouched"
         say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}{dev}   {time.time() - started:5.0f} s")
+    return last
 
 
 def backward(net: torch.nn.Module, loader, n_targets: int, s: Settings, state: State) -> float:
@@ -323,21 +334,37 @@ class Objective(torch.nn.Module):
     afterwards every token has its row back. In a pretrained Whisper all rows differ and nothing changes.
     """
 
-    def __init__(self, model: Whisper):
+    def __init__(self, model: Whisper, teacher: Whisper | None = None):
         super().__init__()
         rows, self.row_of, counts = torch.unique(model.decoder.token_embedding.weight.detach(), dim=0,
                                                  return_inverse=True, return_counts=True)
-        self.model, self.log_counts = model, counts.to(rows).log()
+        self.model, self.teacher, self.log_counts = model, teacher, counts.to(rows).log()
         model.decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+        if teacher:                              # its vocabulary: one token for each row of ours
+            token = self.row_of.new_zeros(len(rows)).scatter_(0, self.row_of, torch.arange(len(self.row_of)).to(self.row_of))
+            rows = teacher.decoder.token_embedding.weight.detach()[token]
+            teacher.requires_grad_(False).decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows)
 
     def forward(self, mels: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """mels (B, n_mels, n_frames); inputs and targets (B, T), ids of the full vocabulary, targets -100 to skip."""
-        return self.of_text(self.model.encoder(mels), inputs, targets)
+        audio = self.model.encoder(mels)
+        if not (self.teacher and self.training):
+            return self.of_text(audio, inputs, targets)
+        logits = self.model.decoder(self.row_of[inputs], audio)
+        taught_audio = self.teacher.encoder(mels)
+        taught = self.teacher.decoder(self.row_of[inputs], taught_audio)
+        said, T = targets >= 0, 2.0
+        soft = lambda logits: (logits[said] / T + self.log_counts).log_softmax(-1)       # n equal logits / T, counted once
+        distance = F.kl_div(soft(logits), soft(taught), reduction="sum", log_target=True)
+        apart = (audio - taught_audio).square().mean((1, 2)) @ said.sum(1).to(audio)
+        return self.cross_entropy(logits, targets) + T * T * distance + 3 * apart
 
     def of_text(self, audio: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self.model.decoder(self.row_of[inputs], audio) + self.log_counts
+        return self.cross_entropy(self.model.decoder(self.row_of[inputs], audio), targets)
+
+    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         rows = torch.where(targets < 0, -100, self.row_of[targets])
-        return F.cross_entropy(logits.flatten(0, 1), rows.flatten(), reduction="sum")
+        return F.cross_entropy((logits + self.log_counts).flatten(0, 1), rows.flatten(), reduction="sum")
 
     def __enter__(self):
         return self
@@ -388,23 +415,26 @@ def summed(x: float, s: Settings) -> float:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list[dict], dict[str, list[str]]]:
-    """One row a model, and all transcripts. FLOPs: encoder and greedy decoding of a clip whose text has mean length;
-    memory: weights, cache and activations then, at 4 bytes a value; latency: encoder, one clip."""
-    n_new = round(np.mean([*map(clips.n_targets, range(len(clips)))]))
+    """One row a model, with the encoder's latency on one clip, the models taking turns; and all transcripts."""
     latency = flops.measure([*models.values()] if RANK == 0 else [], clips.mel(0)[None].to(s.device), n_new=1)
-    clean, rows, texts = normalizer(s.language), [], {"reference": clips.sentences}
+    rows, texts = [], {"reference": clips.sentences}
     for i, (name, model) in enumerate(models.items()):
         texts[name] = transcribe(model, clips, s)
-        if RANK > 0:
-            continue
-        scores = score([clean(text) for text in clips.sentences], [clean(text) for text in texts[name]], s.seed)
-        count, size = flops.parameters(model), flops.memory(model, clips.n_start + n_new - 1, 4)
-        rows.append({"name": name, **scores, "parameters": count["total"], "nonzero": count["nonzero"],
-                     "block_parameters": count["blocks"], "block_nonzero": count["blocks_nonzero"],
-                     "memory_bytes": size["weights"] + size["peak_fused"],
-                     "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new),
-                     "latency_ms": 1000 * latency[i]["encoder_seconds"]})
+        if RANK == 0:
+            rows.append({"name": name, **figures(model, clips, texts[name], s), "latency_ms": 1000 * latency[i]["encoder_seconds"]})
     return rows, texts
+
+
+def figures(model: Whisper, clips: Clips, texts: list[str], s: Settings) -> dict:
+    """Error rates and counts. FLOPs: encoder and greedy decoding of a clip whose text has mean length; memory: weights,
+    cache and activations then, at 4 bytes a value."""
+    clean, n_new = normalizer(s.language), round(np.mean([*map(clips.n_targets, range(len(clips)))]))
+    count, size = flops.parameters(model), flops.memory(model, clips.n_start + n_new - 1, 4)
+    return {**score([*map(clean, clips.sentences)], [*map(clean, texts)], s.seed),
+            "parameters": count["total"], "nonzero": count["nonzero"],
+            "block_parameters": count["blocks"], "block_nonzero": count["blocks_nonzero"],
+            "memory_bytes": size["weights"] + size["peak_fused"],
+            "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new)}
 
 
 def look(model: Whisper, s: Settings) -> None:
@@ -453,20 +483,23 @@ def heard(model: Whisper, path: str, s: Settings) -> str:
 
 
 def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
-    """Corpus WER and CER of normalized text, in percent. The 95% interval of WER: clips drawn anew 1,000 times.
-
-    wer_draws are those thousand WERs. The same seed draws the same clips, so the draws of two models on the same clips
-    can be subtracted, and their difference has an interval too, narrower than the two it is made from.
-    """
+    """Corpus WER and CER of normalized text, in percent; errors and words of each clip; the 95% interval of the WER."""
     pairs = [(r, h) for r, h in zip(references, hypotheses) if r]        # no word said, no rate
     need(pairs, "no reference has a word left after normalization; look at --language and the sentence column")
     counts = [jiwer.process_words(r, h) for r, h in pairs]
-    errors = np.array([c.substitutions + c.deletions + c.insertions for c in counts])
-    words = np.array([c.hits + c.substitutions + c.deletions for c in counts])
-    drawn = np.random.default_rng(seed).integers(len(pairs), size=(1000, len(pairs)))
-    draws = 100 * errors[drawn].sum(1) / words[drawn].sum(1)
-    return {"wer": 100 * float(errors.sum() / words.sum()), "wer_ci95": np.percentile(draws, [2.5, 97.5]).tolist(),
-            "wer_draws": draws.round(3).tolist(), "cer": 100 * jiwer.cer(*map(list, zip(*pairs)))}
+    errors = [c.substitutions + c.deletions + c.insertions for c in counts]
+    words = [c.hits + c.substitutions + c.deletions for c in counts]
+    return {"wer": 100 * sum(errors) / sum(words), "cer": 100 * jiwer.cer(*map(list, zip(*pairs))),
+            "wer_ci95": interval(errors, words, seed), "errors": errors, "words": words}
+
+
+def interval(errors: list[int], words: list[int], seed: int) -> list[float]:
+    """95% bootstrap interval of 100 * sum(errors) / sum(words): the clips are drawn anew 1,000 times.
+
+    With the differences between two models' errors on the same clips it is the interval of the difference of their
+    WERs, narrower than the two it is made from."""
+    drawn = np.random.default_rng(seed).integers(len(words), size=(1000, len(words)))
+    return np.percentile(100 * np.array(errors)[drawn].sum(1) / np.array(words)[drawn].sum(1), [2.5, 97.5]).tolist()
 
 
 def normalizer(language: str):
@@ -500,10 +533,13 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
     """What the figures say in words, and what to turn where they show a known failure."""
     row = {r["name"]: r for r in rows}
     change = row["tspar"]["wer"] - row["dense"]["wer"]
-    low, high = np.percentile(np.subtract(row["tspar"]["wer_draws"], row["dense"]["wer_draws"]), [2.5, 97.5])
+    low, high = interval(np.subtract(row["tspar"]["errors"], row["dense"]["errors"]), row["dense"]["words"], 0)
     lines = [f"WER of tspar less that of dense: {change:+.1f} points (95% interval {low:+.1f} to {high:+.1f}): " + (
         "pruned too far;\nlower --z1, the strengths or --target, or raise --recovery-steps." if low > 0 else
         "no loss\nthat these clips can show." if high >= 0 else "better.")]
+    if low > 0 and row["tspar"]["loss"] > 1.5 * row["dense"]["loss"]:
+        lines.append(f"Recovery has not recovered: its loss ends at {row['tspar']['loss']:.3f}, dense's at {row['dense']['loss']:.3f}; "
+                     "raise\n--recovery-steps, then --recovery-lr.")
     gone, of = plan.removed()
     if gone < 0.1 * of:
         lines.append(f"Only {gone / of:.1%} of the block parameters are gone: raise --steps, the strengths or --z1.")
@@ -773,7 +809,7 @@ def settings(argv: list[str] | None) -> Settings:
         typed = {"action": "store_true"} if m["kind"] is bool else {
             "type": m["kind"], "choices": m["choices"], "metavar": None if m["choices"] else "X"}
         typed |= {"nargs": "+"} if f.default == () else {}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **typed)
+        parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, default=f.default, help=text.replace("%", "%%"), **typed)
     s = Settings(**vars(parser.parse_args(argv)))
     limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "save_every": (1, math.inf), "rounds": (1, math.inf),
               "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
@@ -786,6 +822,7 @@ def settings(argv: list[str] | None) -> Settings:
     need(not s.plot or importlib.util.find_spec("matplotlib"),
          "--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
     need(not s.data_dir or s.data == "cv11_hi", f"--data-dir is for --data cv11_hi; for another folder give --data {s.data_dir}")
+    need(s.study or not s.from_, f"--from {s.from_} is for --study; give both, or leave it out")
     need(not (s.resume and s.overwrite), "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
@@ -857,9 +894,9 @@ def estimate(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     n = round(np.mean([len(tokens) - 1 for tokens in clips["train"].tokens]))
     step, steps = s.batch * s.accumulate * WORLD, 2 * s.steps + 3 * s.recovery_steps
     with Objective(model):                       # so that rows of the vocabulary that are alike count once
-        work = steps * step * flops.training(model, n) * (4 / 3 if s.checkpointing else 1)
+        work = steps * step * flops.training(model, n) * (1 + (s.checkpointing + s.distil) / 3)      # one more forward pass
         memory = flops.training_memory(model, n, s.batch, 4 if s.precision == "fp32" else 2, s.checkpointing)
-        memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
+        memory += (3 + s.distil) * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
     size = 1024 if s.device == "cpu" else 8192
     with torch.inference_mode(), autocast(s):
         x = torch.randn(size, size, device=s.device)
@@ -876,6 +913,11 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         s = settings(argv)
+        if s.study:
+            sys.modules.setdefault("run", sys.modules[__name__])         # tests/study.py imports run: this one
+            sys.path.insert(0, str(ROOT / "tests"))
+            import study
+            return study.main(s)
         if WORLD > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)      # its successor is new in 2.13
             torch.cuda.set_device(s.device) if s.device != "cpu" else None

@@ -130,6 +130,7 @@ class SparseGroupLasso:
     groups  name -> [(parameter, axis), ...]; the name begins with `encoder.` or `decoder.`, which picks its
             strengths. A parameter may be in several groups: gradients add up, and proximal steps follow one
             another, which is not the proximal operator of the sum but lands on zeros just as well.
+    scale   an attribute that multiplies all four, 1 at first: raise it from 0 to let the penalty set in slowly
     Raises ValueError, naming the group: a name with another beginning, and all that tspar.penalty refuses.
     """
 
@@ -138,7 +139,7 @@ class SparseGroupLasso:
         if not groups:
             raise ValueError("groups is empty; give {name: [(parameter, axis), ...]}, as columns(model) does")
         strengths = {"encoder.": (l1_encoder, l2_encoder), "decoder.": (l1_decoder, l2_decoder)}
-        self.groups = {}
+        self.groups, self.scale = {}, 1.0
         for name, group in groups.items():
             side = name[:8]  # as long as both beginnings
             if side not in strengths:
@@ -149,7 +150,7 @@ class SparseGroupLasso:
 
     def penalty(self) -> Tensor:
         """Equation (1) summed over all groups: the scalar that is added to cross-entropy."""
-        return sum(penalty(*entry) for entry in self.groups.values())
+        return self.scale * sum(penalty(*entry) for entry in self.groups.values())
 
     @torch.no_grad()
     def add_gradient_(self) -> None:
@@ -162,7 +163,8 @@ class SparseGroupLasso:
             for w, _ in group:
                 if w.requires_grad and w.grad is None and (l1 or l2):
                     w.grad = torch.zeros_like(w)
-            _add_gradient_(group, [w.grad if w.requires_grad else None for w, _ in group], l1, l2)
+            _add_gradient_(group, [w.grad if w.requires_grad else None for w, _ in group],
+                           self.scale * l1, self.scale * l2)
 
     @torch.no_grad()
     def prox_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -189,7 +191,7 @@ class SparseGroupLasso:
                                      "go to zero with the others; give the optimizer all of them or none")
             step = _step(group, [options[id(w)] for w, _ in group], optimizer.state)
             if step is not None:
-                _shrink_(group, l1, l2, step)
+                _shrink_(group, self.scale * l1, self.scale * l2, step)
 
 
 def _check(group: Group, l1: float, l2: float, name: str | None = None) -> int:

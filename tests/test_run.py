@@ -1,4 +1,5 @@
 """run.py: the data it reads, the numbers it reports, the whole run with a handful of steps, and bad input."""
+import copy
 import json
 import os
 import random
@@ -85,6 +86,27 @@ def test_objective_is_the_stock_softmax(nano):
     assert torch.equal(before, nano.decoder.token_embedding.weight)
 
 
+def test_distillation_is_that_of_the_whole_vocabulary(nano):
+    """Cross-entropy + T^2 KL(teacher, student) over 51,865 logits at T = 2 + 3 MSE of the encoders, by torch's own functions."""
+    clips = run.Clips(MINI, "dev", nano, TOKENIZER, limit=3)
+    mels, inputs, targets = clips.collate([clips[i,] for i in range(3)])
+    student = copy.deepcopy(nano)
+    for i, w in enumerate(student.parameters()):
+        w.data.add_(0.02 * torch.randn(w.shape, generator=torch.Generator().manual_seed(i))) if w.ndim == 2 and w.shape[0] < 1000 else None
+    with torch.no_grad():
+        (a, x), (b, y) = ((m.encoder(mels), m(mels, inputs)) for m in (nano, student))
+        said = targets >= 0
+        loss = F.cross_entropy(y.flatten(0, 1), targets.flatten(), reduction="sum")
+        p, q = (F.log_softmax(z[said].double() / 2, -1) for z in (x, y))
+        loss += 4 * (p.exp() * (p - q)).sum()
+        loss += 3 * sum(F.mse_loss(a[i], b[i]) * said[i].sum() for i in range(3))
+        with run.Objective(student, copy.deepcopy(nano)) as objective:
+            ours = objective.train()(mels, inputs, targets)
+            alone = objective.eval()(mels, inputs, targets)
+    assert torch.allclose(loss, ours, rtol=1e-4)
+    assert torch.allclose(alone, F.cross_entropy(y.flatten(0, 1), targets.flatten(), reduction="sum"), rtol=1e-4), "dev loss: text alone"
+
+
 def test_augment_repeats_with_its_generator():
     """The same generator state gives the same mels; only whole bands and stretches are flattened."""
     mels = torch.randn(3, 80, 300, generator=torch.Generator().manual_seed(0))
@@ -96,7 +118,7 @@ def test_augment_repeats_with_its_generator():
 def test_test_sentences_are_not_in_train(nano):
     """No sentence of dev or test is spelled, after normalization, like one of train: a score is no memory test."""
     split = {name: {run.normalize(s) for s in run.Clips(MINI, name, nano, TOKENIZER).sentences} for name in ("train", "dev", "test")}
-    assert [len(split[name]) for name in ("train", "dev", "test")] == [1400, 80, 240]
+    assert [len(split[name]) for name in ("train", "dev", "test")] == [1400, 240, 240]
     assert not split["train"] & split["test"] and not split["train"] & split["dev"] and not split["dev"] & split["test"]
 
 
@@ -109,19 +131,29 @@ def test_score_by_hand():
     assert scores["wer_ci95"][0] == 0 and scores["wer_ci95"][1] == 25
 
 
+def test_interval_by_hand():
+    """Two clips of 10 words, 1 and 3 errors: drawn anew, the rates are 10, 20 or 30%. The same error in all: no width."""
+    assert run.interval([1, 3], [10, 10], 0) == [10, 30]
+    assert run.interval([2] * 50, [10] * 50, 0) == [20, 20]
+
+
 def test_diagnosis_by_hand():
-    """Draws that are always 1 point above dense's are a loss though the single intervals overlap; the other signatures likewise."""
-    wide = np.linspace(0, 10, 1000)
-    rows = [{"name": "dense", "wer": 5.0, "wer_draws": wide.tolist()}, {"name": "tspar", "wer": 6.0, "wer_draws": (wide + 1).tolist()}]
+    """One error more in each clip of 100 words is a loss though the single intervals overlap; the other signatures likewise."""
+    errors, words = np.arange(101) % 11, [100] * 101
+    rows = [{"name": "dense", "wer": 5.0, "errors": errors, "words": words, "loss": 0.02},
+            {"name": "tspar", "wer": 6.0, "errors": errors + 1, "words": words, "loss": 0.04}]
     keep = {f"encoder.blocks.{i}.mlp": torch.arange(100) < n for i, n in enumerate((5, 100, 100))} | {"decoder.blocks.0.mlp": torch.ones(4, dtype=torch.bool)}
     plan = SimpleNamespace(keep=keep, removed=lambda: (5, 100))
     text = run.diagnosis(rows, plan)
     assert "+1.0 points (95% interval +1.0 to +1.0): pruned too far" in text and max(map(len, text.split("\n"))) <= 100
     assert "Only 5.0%" in text and "encoder is whole: encoder.blocks.0.mlp;" in text and "decoder is whole" not in text
-    rows[1] |= {"wer": 5.0, "wer_draws": wide[::-1].tolist()}
+    assert "not recovered: its loss ends at 0.040, dense's at 0.020" in text
+    rows[1]["loss"] = 0.02
+    assert "not recovered" not in run.diagnosis(rows, plan)
+    rows[1] |= {"wer": 5.0, "errors": errors[::-1], "loss": 0.04}
     plan.removed, plan.keep = lambda: (50, 100), {f"{side}.blocks.0.mlp": torch.ones(4, dtype=torch.bool) for side in ("encoder", "decoder")}
     assert run.diagnosis(rows, plan).endswith("no loss\nthat these clips can show.")
-    rows[1]["wer_draws"] = (wide - 1).tolist()
+    rows[1]["errors"] = errors - 1
     assert run.diagnosis(rows, plan).endswith("better.")
 
 

@@ -1,0 +1,473 @@
+"""The experiment: does it work, against what, and at what price? Every figure of the README's results comes from here.
+
+    python run.py --study --plot                 # trains what runs/study lacks, then tables and figures
+    python run.py --study --from runs/study      # trains nothing: tables and figures from what is there
+
+An arm is a first phase, a cut and a recovery: one method at one size with one seed. Arms that begin alike share the first
+phase, which is trained once. All take the same number of steps, with the same clips in the same order. One process a core,
+one thread each. An arm that has its report.json is never run again: an interrupted study goes on where it was.
+
+The second language takes part if it has been made (make_mini_hi.py --voice en, make_nano.py --language en: see there).
+
+In --out: ARM/report.json, log.txt and model.pt of each; study.json, all reports in one; results.md and the figures. When
+nothing is missing, the README's results are written anew, and study.json and the figures go to tests/data/study.
+"""
+import copy
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import flops
+import prune
+import run
+from tspar import SparseGroupLasso
+
+PUBLISHED = ROOT / "tests/data/study"
+SEEDS, SHARES = (0, 1, 2), (0.35, 0.5, 0.65, 0.8)        # settings were chosen on dev, with seed 3
+ENGLISH = {"model": ROOT / "runs/nano_en.pt", "data": ROOT / "runs/mini_en"}
+
+# First phases by name: flags of run.py. "dense" and "distilled" are trained without penalty, the others with it.
+FIRST = {
+    "dense": "",
+    "distilled": "--distil",
+    "gentle": "--l1-encoder 1e-5 --l2-encoder 1e-5 --l1-decoder 2e-5 --l2-decoder 2e-5",
+    "sgl": "",
+    "sgl distilled": "--distil",
+    "column": "--groups column",
+    "prox": "--sgl prox",
+    "group": "--l1-encoder 0 --l1-decoder 0",
+    "l1": "--l2-encoder 0 --l2-decoder 0",
+    "squared": "",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row. `flags` are those of the recovery; `part` says in which table it stands."""
+    part: str
+    method: str
+    first: str
+    cut: str
+    share: float = 0.0
+    seed: int = 0
+    flags: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{100 * self.share:.0f}-seed{self.seed}".lower().replace(" ", "-")
+
+    def settings(self, folder: Path) -> run.Settings:
+        """Those of run.py for this arm, its files in `folder`."""
+        other = [f"--{key}={value}" for key, value in ENGLISH.items()] + ["--language=en"] if self.part == "english" else []
+        return run.settings([*FIRST[self.first].split(), *self.flags.split(), *other, "--seed", str(self.seed), "--out", str(folder)])
+
+
+def arms() -> list[Arm]:
+    """All of them, in the order of the tables."""
+    core = [arm for seed in SEEDS for arm in (
+        Arm("core", "dense", "dense", "nothing", seed=seed),
+        *(Arm("core", method, first if share > 0.5 else mild, cut, share, seed) for share in SHARES for method, first, mild, cut in (
+            ("TSPAR", "sgl", "gentle", "two_pass"), ("IMP", "dense", "dense", "magnitude"), ("L2", "dense", "dense", "uniform"))))]
+    distilled = [arm for seed in SEEDS for arm in (
+        Arm("distilled", "dense distilled", "distilled", "nothing", seed=seed),
+        *(Arm("distilled", "TSPAR distilled", "sgl distilled", "two_pass", share, seed) for share in (0.65, 0.8, 0.88)),
+        Arm("distilled", "IMP distilled", "distilled", "magnitude", 0.8, seed),
+        Arm("distilled", "L2 distilled", "distilled", "uniform", 0.8, seed))]
+    ablations = [Arm("ablation", method, first, cut, 0.65, 0, flags) for method, first, cut, flags in (
+        ("column groups", "column", "two_pass", ""),
+        ("proximal step", "prox", "two_pass", ""),
+        ("group LASSO alone", "group", "two_pass", ""),
+        ("L1 alone", "l1", "two_pass", ""),
+        ("squared norm", "squared", "two_pass", ""),
+        ("weights before groups", "sgl", "weights_first", ""),
+        ("thresholds per matrix", "sgl", "per_matrix", ""),
+        ("magnitude in one shot", "dense", "magnitude", "--rounds 1"),
+        ("L2 per layer", "dense", "uniform_per_layer", ""),
+        ("random units", "dense", "random", ""))]
+    english = [Arm("english", f"English {method}", first, cut, 0.65 if cut != "nothing" else 0.0) for method, first, cut in (
+        ("dense", "dense", "nothing"), ("TSPAR", "sgl", "two_pass"), ("IMP", "dense", "magnitude"))]
+    return core + distilled + ablations + (english if all(map(os.path.exists, ENGLISH.values())) else [])
+
+
+# --------------------------------------------------------------------------------------------------------------- the cuts
+
+def plan_of(model: run.Whisper, arm: Arm, s: run.Settings) -> prune.Plan:
+    """What a structured method removes, `arm.share` of the block parameters."""
+    groups = run.groups_of(model, s)
+    at = {"two_pass": lambda z1: prune.two_pass(model, groups, z1, s.z2),
+          "weights_first": lambda z1: prune.two_pass(model, groups, z1, None),          # the weights have been zeroed by now
+          "per_matrix": lambda z1: prune.two_pass(model, groups, z1, s.z2, pool=str),
+          "uniform": lambda share: prune.uniform(model, share),
+          "uniform_per_layer": lambda share: prune.uniform(model, share, per_layer=True),
+          "random": lambda share: prune.uniform(stranger, share)}[arm.cut]
+    torch.manual_seed(arm.seed)
+    stranger = run.Whisper(model.dims)           # the weakest units of a model with random weights
+    return prune.target(arm.share, at, *((0.0, 0.999) if "uniform" in arm.cut or arm.cut == "random" else (-10.0, 10.0)))
+
+
+class Squared(SparseGroupLasso):
+    """The misprint: l2 * sqrt(size) * sum_j ||g_j||^2, with the gradient 2 * l2 * sqrt(size) * w of weight decay."""
+
+    @torch.no_grad()
+    def add_gradient_(self) -> None:
+        for group, l1, l2 in self.groups.values():
+            size = sum(w.numel() // w.shape[axis] for w, axis in group)
+            for w, _ in group:
+                w.grad.add_(w.sign(), alpha=self.scale * l1).add_(w, alpha=self.scale * 2 * l2 * size ** 0.5)
+
+
+def train_first(arm: Arm, folder: Path) -> None:
+    """The first phase that `arm` shares with others, as folder/first/NAME.pt."""
+    s = arm.settings(folder / "first" / first_name(arm))
+    model, s, clips = begin(s)
+    penalty = None
+    if arm.first not in ("dense", "distilled"):
+        kind = Squared if arm.first == "squared" else SparseGroupLasso
+        penalty = kind(run.groups_of(model, s), s.l1_encoder, s.l1_decoder, s.l2_encoder, s.l2_decoder)
+    run.fine_tune(model, clips, s, arm.first, penalty)
+    prune.save(model, folder / "first" / f"{first_name(arm)}.pt")
+    shutil.rmtree(s.out)
+
+
+def first_name(arm: Arm) -> str:
+    return f"{arm.first}-seed{arm.seed}".replace(" ", "-") + ("-en" if arm.part == "english" else "")
+
+
+def train_arm(arm: Arm, folder: Path) -> None:
+    """Cut, recover, measure: folder/ARM/report.json, whole or not at all."""
+    started, s = time.time(), arm.settings(folder / arm.name)
+    original, s, clips = begin(s)
+    model, report = prune.load(folder / "first" / f"{first_name(arm)}.pt", s.device).eval(), {}
+    if arm.cut == "weights_first":
+        prune.mask_(model, prune.two_pass(model, z1=-99, z2=s.z2, floor=0))
+    if arm.cut == "magnitude":
+        weights = prune.zeros(model)
+        total = flops.parameters(model)["blocks"]
+        run.iterative_magnitude(model, clips, s, arm.share * total / sum(weight.numel() for weight, _ in weights))
+    else:
+        if arm.cut != "nothing":
+            plan = plan_of(model, arm, s)
+            report = {"left": {name: keep.double().mean().item() for name, keep in plan.keep.items()}, "z1": plan.settings.get("z1")}
+            report |= {"histograms": histograms(original, model, plan)} if arm.part == "core" and arm.seed == 0 else {}
+            prune.remove_(model, plan)
+        run.fine_tune(model, clips, run.recovery(s), "recover")
+    texts = run.transcribe(model, clips["test"], s)
+    prune.save(model, Path(s.out) / "model.pt")
+    report |= {**vars(arm), "name": arm.name, **run.figures(model, clips["test"], texts, s), "transcripts": texts,
+               "bytes": (Path(s.out) / "model.pt").stat().st_size, "seconds": time.time() - started, "settings": vars(s)}
+    shutil.rmtree(Path(s.out) / "state")
+    run.write(Path(s.out) / "report.json", lambda file: file.write(json.dumps(report, ensure_ascii=False, default=list).encode()))
+
+
+def begin(s: run.Settings) -> tuple:
+    """The model as it came, complete settings, train and test clips; an empty folder for what is to come."""
+    shutil.rmtree(s.out, ignore_errors=True)
+    (Path(s.out) / "state").mkdir(parents=True)
+    model = run.load_model(s)
+    s = run.completed(s, model)
+    return model, s, {split: run.load_clips(model, split, s) for split in ("train", "test")}
+
+
+@torch.no_grad()
+def histograms(original: run.Whisper, model: run.Whisper, plan: prune.Plan) -> dict:
+    """For each side, counts of group norms before and after the first phase, of the weights of the groups that stay, in units
+    of their matrix's threshold, and where the thresholds lie."""
+    before, kept, sides = prune.two_pass(original, z2=None), copy.deepcopy(model), {}
+    prune.mask_(kept, replace(plan, pass2={}))
+    for side in ("encoder", "decoder"):
+        (old, _), (new, cut) = before.pooled(side), plan.pooled(side)
+        edges = np.linspace(0, max(old.max(), new.max()), 41)
+        weights = [kept.get_submodule(name).weight.abs() / row[2] for name, row in plan.pass2.items() if name.startswith(side)]
+        weights = torch.cat([w[w > 0] for w in weights]).numpy()
+        sides[side] = {"norms": edges.tolist(), "cut": cut, "before": np.histogram(old, edges)[0].tolist(),
+                       "after": np.histogram(new, edges)[0].tolist(), "weights": np.histogram(weights, 40, (0, 10))[0].tolist()}
+    return sides
+
+
+def latencies(folder: Path, rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Milliseconds of the encoder and of greedy decoding (24 tokens) of one clip, all models taking turns."""
+    models = [prune.load(folder / row["name"] / "model.pt").eval() for row in rows]
+    measured = flops.measure(models, torch.randn(1, models[0].dims.n_mels, 2 * models[0].dims.n_audio_ctx), repeats=21)
+    return {row["name"]: {"encoder_ms": 1000 * m["encoder_seconds"], "greedy_ms": 1000 * m["greedy_seconds"]}
+            for row, m in zip(rows, measured)}
+
+
+# ------------------------------------------------------------------------------------------------------------- the tables
+
+class Group:
+    """One method at one size: its rows, one a seed, and those of its control, the dense model of the same seeds."""
+
+    def __init__(self, rows: list[dict], control: list[dict]):
+        self.rows, self.method, self.share = rows, rows[0]["method"], rows[0]["share"]
+        errors, words = np.sum([row["errors"] for row in rows], 0), np.multiply(rows[0]["words"], len(rows))
+        self.wer, self.ci = 100 * errors.sum() / words.sum(), run.interval(errors, words, 0)
+        self.wers = [row["wer"] for row in rows]
+        self.change = self.change_ci = None
+        if control and rows[0]["name"] != control[0]["name"]:
+            base = np.sum([row["errors"] for row in control if row["seed"] in self.seeds()], 0)
+            self.change, self.change_ci = 100 * (errors - base).sum() / words.sum(), run.interval(errors - base, words, 0)
+        self.faster = {part: np.mean([c[part] for c in control]) / self.mean(part) if control else 1.0
+                       for part in ("encoder_ms", "greedy_ms")}
+
+    def seeds(self) -> list[int]:
+        return [row["seed"] for row in self.rows]
+
+    def mean(self, key: str) -> float:
+        return float(np.mean([row[key] for row in self.rows]))
+
+    def no_loss(self) -> bool:
+        """No loss that these clips can show: the paired interval reaches down to 0."""
+        return self.change_ci is None or self.change_ci[0] <= 0
+
+
+def grouped(rows: list[dict]) -> dict[tuple[str, float], Group]:
+    """(method, share) -> Group. The control is the dense model of the same part; ablations have the core's."""
+    controls = {"core": "dense", "ablation": "dense", "distilled": "dense distilled", "english": "English dense"}
+    groups, keys = {}, dict.fromkeys((row["method"], row["share"]) for row in rows)
+    for method, share in keys:
+        mine = [row for row in rows if (row["method"], row["share"]) == (method, share)]
+        groups[method, share] = Group(mine, [row for row in rows if row["method"] == controls[mine[0]["part"]]
+                                             and row["seed"] in [r["seed"] for r in mine]])
+    return groups
+
+
+def table(groups: list[Group]) -> str:
+    """Markdown, a line a group: means over its seeds, intervals over clips."""
+    lines = ["| | block parameters | nonzero | on disk | memory | FLOPs | encoder | greedy | WER (95%) | less dense (95%) |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for g in groups:
+        name = g.method + (f", {g.share:.0%}" if g.share else "")
+        less = f"{g.change:+.1f} ({g.change_ci[0]:+.1f} to {g.change_ci[1]:+.1f})" if g.change_ci else ""
+        lines.append(f"| {name} | {g.mean('block_parameters') / 1e6:.3f} M | {g.mean('block_nonzero') / 1e6:.3f} M | "
+                     f"{g.mean('bytes') / 1e6:.1f} MB | {g.mean('memory_bytes') / 1e6:.1f} MB | {g.mean('flops') / 1e9:.3f} G | "
+                     f"{g.mean('encoder_ms'):.1f} ms, {g.faster['encoder_ms']:.2f}x | {g.mean('greedy_ms'):.0f} ms, "
+                     f"{g.faster['greedy_ms']:.2f}x | {g.wer:.1f}% ({g.ci[0]:.1f} - {g.ci[1]:.1f}) | {less} |")
+    return "\n".join(lines)
+
+
+def goals(groups: dict) -> str:
+    """What was set as the goal before the study, and whether the figures reach it."""
+    def line(text: str, ok: bool, figure: str) -> str:
+        return f"- {text}: {'reached' if ok else '**not reached**'} ({figure})."
+
+    def change(g: Group) -> str:
+        return f"{g.change:+.1f} points, {g.change_ci[0]:+.1f} to {g.change_ci[1]:+.1f}"
+    lines = []
+    for key, text in ((("TSPAR", 0.65), "65% of the block parameters removed without a loss that shows"),
+                      (("TSPAR distilled", 0.8), "with `--distil` 80% likewise, against the distilled dense model")):
+        if key in groups:
+            g = groups[key]
+            lines.append(line(text, g.no_loss(), change(g)))
+    if ("TSPAR distilled", 0.88) in groups:
+        g = groups["TSPAR distilled", 0.88]
+        lines.append(line("with `--distil` 88% at no more than 1.5 points", g.change <= 1.5, change(g)))
+    for share, factor in ((0.65, 1.5), (0.8, 2.0)):
+        if ("TSPAR", share) in groups:
+            g = groups["TSPAR", share]
+            lines.append(line(f"the encoder {factor} times faster on one clip at {share:.0%}", g.faster["encoder_ms"] >= factor,
+                              f"{g.faster['encoder_ms']:.2f} times"))
+    for plan, rivals in (("TSPAR", ("IMP", "L2", "dense")), ("TSPAR distilled", ("IMP distilled", "L2 distilled", "dense distilled"))):
+        mine = [g for (method, _), g in groups.items() if method == plan]
+        beaten = [f"{plan} {g.share:.0%} by {rival.method} {rival.share:.0%}" for g in mine for rival in groups.values()
+                  if rival.method in rivals and rival.mean("encoder_ms") < g.mean("encoder_ms") and rival.wer < g.wer]
+        if mine:
+            lines.append(line(f"no other method both faster and better than {plan}", not beaten, "; ".join(beaten) or "none is"))
+    return "\n".join(lines)
+
+
+def claims(groups: dict) -> str:
+    """The paper's headline numbers, what nano says of each, and the command that would check it on the real thing."""
+    def furthest(method: str) -> float:
+        """The largest share at which it and all smaller ones show no loss."""
+        shares = sorted(share for m, share in groups if m == method)
+        fine = [share for i, share in enumerate(shares) if all(groups[method, s].no_loss() for s in shares[: i + 1])]
+        return max(fine, default=0.0)
+
+    reproduced = lambda ok: "reproduced on nano" if ok else "not reproduced on nano"
+    small = "`python run.py --model small --data cv11_hi`"
+    rows, dense, t35 = [], groups.get(("dense", 0.0)), groups.get(("TSPAR", 0.35))
+    if dense and t35:
+        less = lambda key: 1 - t35.mean(key) / dense.mean(key)
+        rows += [("small: 35.4% fewer parameters without loss of WER", f"{reproduced(t35.no_loss())}: 35% of the block parameters "
+                  f"removed, {t35.change:+.1f} points ({t35.change_ci[0]:+.1f} to {t35.change_ci[1]:+.1f})", f"{small} `--target 0.35`"),
+                 ("small: 14.25% less memory, 18.5% fewer FLOPs", f"not checkable: shares depend on the model's shapes. "
+                  f"nano at 35%: {less('memory_bytes'):.1%} and {less('flops'):.1%}", f"{small} `--target 0.35`"),
+                 ("medium: 31% fewer parameters, 15.29% less memory, 16.95% fewer FLOPs", "not checkable: OpenAI's weights cannot be had "
+                  "here", "`python run.py --model medium --data cv11_hi --target 0.31`")]
+    far = {m: furthest(m) for m in ("TSPAR", "IMP") if any(method == m for method, _ in groups)}
+    if len(far) == 2:
+        rows.append(("18.7% more parameters pruned than Iterative Magnitude Pruning", f"{reproduced(far['TSPAR'] > far['IMP'])}: no loss "
+                     f"shows up to {far['TSPAR']:.0%} with TSPAR, up to {far['IMP']:.0%} with IMP, whose zeros save nothing", small))
+        shares = sorted({share for m, share in groups if m == "TSPAR"} & {share for m, share in groups if m == "IMP"})
+        gaps = {share: groups["TSPAR", share].wer - groups["IMP", share].wer for share in shares}
+        rows.append(("WER 12.31 points below that of Iterative Magnitude Pruning", f"{reproduced(max(gaps.values()) < -5)}: TSPAR less IMP "
+                     "at equal share, " + ", ".join(f"{gap:+.1f} at {share:.0%}" for share, gap in gaps.items()), small))
+    return "\n".join(["| the paper says | what we could check | the command for it |", "|---|---|---|",
+                      *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def results(study: dict) -> str:
+    """The README's section: tables, figures and sentences."""
+    groups = grouped(study["rows"])
+    of = lambda part: [g for g in groups.values() if g.rows[0]["part"] == part]
+    text = [f"Means over seeds {', '.join(map(str, sorted({r['seed'] for r in study['rows']})))}; intervals by bootstrap over the "
+            f"{len(study['rows'][0]['errors'])} test clips, each with the errors of all its seeds; the last column is paired with the dense "
+            f"model of the same seeds. Latency: one clip, all models taking turns. {study['machine']}. Made by `python run.py --study`.",
+            table(of("core")), "![WER against FLOPs, a line a method](tests/data/study/wer.png)",
+            "**The goals set beforehand:**", goals(groups)]
+    if of("distilled"):
+        text += ["**With `--distil`**, everybody learns from the model as it came (beyond the paper):", table(of("distilled"))]
+    if of("ablation"):
+        text += ["**One thing changed**, seed 0, 65% of the block parameters; to compare with TSPAR's line of that seed:",
+                 table([Group([r for r in study["rows"] if r["name"] == "tspar-65-seed0"], [r for r in study["rows"] if r["name"] == "dense-0-seed0"])]
+                       * any(r["name"] == "tspar-65-seed0" for r in study["rows"]) + of("ablation"))]
+    if of("english"):
+        text += ["**Another language**: English by espeak-ng, a nano of its own, seed 0, Hindi's settings:", table(of("english"))]
+    text += ["![Group norms and weights before the cut, with both thresholds](tests/data/study/norms.png)",
+             "![What is left of every layer](tests/data/study/layers.png)",
+             "**What the paper claims and what we could check:**", claims(groups)]
+    return "\n\n".join(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ the figures
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"         # Okabe and Ito: told apart by colour-blind eyes
+LINES = {"TSPAR": (BLUE, "o-"), "IMP": (ORANGE, "s--"), "L2": (GREEN, "^-."), "TSPAR distilled": (BLUE, "o:"),
+         "dense": (GREY, "D"), "dense distilled": (GREY, "d")}
+
+
+def draw(study: dict, folder: Path) -> None:
+    """wer.png, norms.png, layers.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    groups = grouped(study["rows"])
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+    for axis, key, label, unit in ((axes[0], "flops", "FLOPs of one clip (G)", 1e9), (axes[1], "encoder_ms", "encoder, one clip (ms)", 1)):
+        for method, (colour, style) in LINES.items():
+            line = sorted((g for (m, _), g in groups.items() if m == method), key=lambda g: g.share)
+            if line:
+                wers = np.array([g.wer for g in line])
+                low, high = np.array([g.ci for g in line]).T
+                axis.errorbar([g.mean(key) / unit for g in line], wers, np.abs([wers - low, high - wers]), fmt=style, color=colour,
+                              capsize=3, label=method)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="WER on test (%), 95% interval", ylim=(0, None))
+    axes[0].legend()
+    save(figure, folder / "wer.png")
+
+    shown = next((row for row in study["rows"] if "histograms" in row and row["cut"] == "two_pass" and row["share"] == 0.65), None)
+    if shown:
+        figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
+        for (left, right), (side, h) in zip(axes, shown["histograms"].items()):
+            left.stairs(h["before"], h["norms"], color=GREY, label="before fine-tuning")
+            left.stairs(h["after"], h["norms"], color=BLUE, fill=True, alpha=0.5, label="after, with the penalty")
+            left.axvline(h["cut"], color=ORANGE, linestyle="--", label="threshold of pass 1")
+            left.set(title=f"{side}: groups", xlabel="norm / root of size", ylabel="groups", yscale="symlog")
+            right.stairs(h["weights"], np.linspace(0, 10, 41), color=BLUE, fill=True, alpha=0.5, label="weights of the groups that stay")
+            right.axvline(1, color=ORANGE, linestyle="--", label="threshold of pass 2")
+            right.set(title=f"{side}: weights", xlabel="|w| / threshold of its matrix", ylabel="weights")
+            left.legend(), right.legend()
+        save(figure, folder / "norms.png")
+
+    bars = [(row["method"], row["left"]) for row in study["rows"] if row.get("left") and row["part"] == "core" and row["share"] == 0.65 and not row["seed"]]
+    if bars:
+        names = [*bars[0][1]]
+        figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+        for i, (method, left) in enumerate(bars):
+            axis.barh(np.arange(len(names)) + 0.4 * i, [100 * left[name] for name in names], 0.4, color=LINES[method][0], label=method)
+        axis.set_yticks(np.arange(len(names)) + 0.2, [name.replace(".blocks", "") for name in names])
+        axis.invert_yaxis()
+        axis.set(xlabel="groups left (%), 65% of the block parameters removed, seed 0", xlim=(0, 100))
+        axis.legend(loc="lower right")
+        save(figure, folder / "layers.png")
+
+
+def save(figure, path: Path) -> None:
+    run.write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+
+
+# --------------------------------------------------------------------------------------------------------------- the study
+
+def collect(folder: Path) -> dict:
+    """study.json of that folder, or made from the reports in it."""
+    reports = sorted(folder.glob("*/report.json"))
+    if not reports:
+        run.need((folder / "study.json").is_file(), f"--from {folder} holds neither study.json nor ARM/report.json; name the folder of a study")
+        return json.loads((folder / "study.json").read_text(encoding="utf8"))
+    rows = {row["name"]: row for row in (json.loads(path.read_text(encoding="utf8")) for path in reports)}
+    rows = [{k: v for k, v in rows[arm.name].items() if k not in ("transcripts", "settings")} for arm in arms() if arm.name in rows]
+    latency = folder / "latency.json"
+    latency = json.loads(latency.read_text(encoding="utf8")) if latency.is_file() else {}
+    machine = latency.pop("machine", "")
+    return {"machine": machine, "rows": [{"encoder_ms": float("nan"), "greedy_ms": float("nan")} | row | latency.get(row["name"], {}) for row in rows]}
+
+
+def publish(study: dict, text: str, folder: Path, plot: bool) -> None:
+    """results.md, study.json, figures; into the README too, if the study is whole."""
+    dump = lambda file: file.write(json.dumps(study, ensure_ascii=False, separators=(",", ":")).encode())
+    run.write(folder / "study.json", dump)
+    run.write(folder / "results.md", lambda file: file.write(text.encode()))
+    if plot:
+        draw(study, folder)
+    if {arm.name for arm in arms()} <= {row["name"] for row in study["rows"]}:
+        readme = (ROOT / "README.md").read_text(encoding="utf8")
+        head, start, rest = readme.partition("<!-- results -->\n")
+        _, end, tail = rest.partition("<!-- /results -->\n")
+        if start and end:
+            run.write(ROOT / "README.md", lambda file: file.write(f"{head}{start}\n{text}\n\n{end}{tail}".encode()))
+        PUBLISHED.mkdir(exist_ok=True)
+        run.write(PUBLISHED / "study.json", dump)
+        for figure in folder.glob("*.png"):
+            if folder.resolve() != PUBLISHED:
+                shutil.copy(figure, PUBLISHED)
+
+
+def main(s: run.Settings) -> int:
+    """All that is missing, then what is made of it."""
+    folder = Path(s.from_ or (s.out if s.out and not s.out.startswith("runs/nano-") else "runs/study"))
+    if not s.from_:
+        (folder / "first").mkdir(parents=True, exist_ok=True)
+        todo = [arm for arm in arms() if not (folder / arm.name / "report.json").exists()]
+        firsts = {first_name(arm): arm.name for arm in todo if not (folder / "first" / f"{first_name(arm)}.pt").exists()}
+        print(f"{len(todo)} of {len(arms())} arms to run, {len(firsts)} first phases; {os.cpu_count()} at a time")
+        for stage, names in (("first", firsts.values()), ("arm", [arm.name for arm in todo])):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for name, code in pool.map(partial(child, stage, folder), names):
+                    run.need(code == 0, f"{stage} of {name} failed, see above; the same command goes on with what is left")
+        rows = collect(folder)["rows"]
+        machine = {"machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}"}
+        run.write(folder / "latency.json", lambda file: file.write(json.dumps(latencies(folder, rows) | machine).encode()))
+    study = collect(folder)
+    text = results(study)
+    publish(study, text, folder, s.plot)
+    print(f"\n{text}\n\nin {folder}: study.json, results.md" + ", wer.png, norms.png, layers.png" * s.plot)
+    return 0
+
+
+def child(stage: str, folder: Path, name: str) -> tuple[str, int]:
+    """One job in a process of its own, with one thread: so two cores do nearly twice the work of one."""
+    started = time.time()
+    done = subprocess.run([sys.executable, __file__, stage, str(folder), name], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    print(f"{time.strftime('%H:%M')}  {stage:<5} {name:<32} {time.time() - started:5.0f} s", flush=True)
+    return name, done.returncode
+
+
+if __name__ == "__main__":
+    stage, folder, name = sys.argv[1:]
+    arm = next(arm for arm in arms() if arm.name == name)
+    (train_first if stage == "first" else train_arm)(arm, Path(folder))
