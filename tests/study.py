@@ -258,6 +258,22 @@ def table(groups: list[Group]) -> str:
     return "\n".join(lines)
 
 
+def summary(study: dict) -> str:
+    """The README's first table: dense and all methods at 65%."""
+    names = {"dense": "dense: fine-tuned, no penalty", "TSPAR": "**TSPAR**: penalty, two passes, removal, recovery",
+             "L2": "the weakest groups of the dense model removed, recovery", "IMP": "Iterative Magnitude Pruning, as many zeros"}
+    groups, lines = grouped(study["rows"]), ["| | block parameters | FLOPs per clip | encoder, 1 clip | WER (95% interval) | less dense |",
+                                             "|---|---:|---:|---:|---:|---:|"]
+    dense = groups["dense", 0.0]
+    for method, name in names.items():
+        g = groups[method, 0.65 if method != "dense" else 0.0]
+        less = lambda key: f" ({g.mean(key) / dense.mean(key) - 1:+.0%})" if g is not dense else ""
+        change = f"{g.change:+.1f} ({g.change_ci[0]:+.1f} to {g.change_ci[1]:+.1f})" if g.change_ci else ""
+        lines.append(f"| {name} | {g.mean('block_parameters') / 1e6:.3f} M{less('block_parameters')} | {g.mean('flops') / 1e9:.3f} G{less('flops')} | "
+                     f"{g.mean('encoder_ms'):.1f} ms | {g.wer:.1f}% ({g.ci[0]:.1f} - {g.ci[1]:.1f}) | {change} |")
+    return "\n".join(lines)
+
+
 def goals(groups: dict) -> str:
     """What was set as the goal before the study, and whether the figures reach it."""
     def line(text: str, ok: bool, figure: str) -> str:
@@ -426,10 +442,11 @@ def publish(study: dict, text: str, folder: Path, plot: bool) -> None:
         draw(study, folder)
     if {arm.name for arm in arms()} <= {row["name"] for row in study["rows"]}:
         readme = (ROOT / "README.md").read_text(encoding="utf8")
-        head, start, rest = readme.partition("<!-- results -->\n")
-        _, end, tail = rest.partition("<!-- /results -->\n")
-        if start and end:
-            run.write(ROOT / "README.md", lambda file: file.write(f"{head}{start}\n{text}\n\n{end}{tail}".encode()))
+        for mark, new in (("summary", summary(study)), ("results", text)):
+            head, start, rest = readme.partition(f"<!-- {mark} -->\n")
+            _, end, tail = rest.partition(f"<!-- /{mark} -->\n")
+            readme = f"{head}{start}\n{new}\n\n{end}{tail}" if end else readme
+        run.write(ROOT / "README.md", lambda file: file.write(readme.encode()))
         PUBLISHED.mkdir(exist_ok=True)
         run.write(PUBLISHED / "study.json", dump)
         for figure in folder.glob("*.png"):

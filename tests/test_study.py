@@ -75,14 +75,15 @@ def test_made_again_without_training(small, tmp_path, capsys, monkeypatch):
 
 
 def test_whole_study_goes_into_the_readme(small, tmp_path, monkeypatch):
-    """With no arm missing, what lies between the two marks of the README is replaced, and nothing else."""
+    """With no arm missing, what lies between the marks of the README is replaced, and nothing else."""
     monkeypatch.setattr(study, "arms", lambda: [study.Arm("core", "dense", "dense", "nothing")])
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "PUBLISHED", tmp_path / "published")
-    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
-    (tmp_path / "study.json").write_text(json.dumps(small))
+    (tmp_path / "README.md").write_text("a\n<!-- summary -->\nold\n<!-- /summary -->\nb\n<!-- results -->\nold\n<!-- /results -->\nc\n")
     study.publish(small, "new", tmp_path, plot=False)
-    assert (tmp_path / "README.md").read_text() == "before\n<!-- results -->\n\nnew\n\n<!-- /results -->\nafter\n"
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("a\n<!-- summary -->\n\n| |") and text.endswith("b\n<!-- results -->\n\nnew\n\n<!-- /results -->\nc\n")
+    assert "old" not in text and "| 0.350 M (-65%) | 0.245 G (-65%) | 2.0 ms | 6.2% (" in text
     assert json.loads((tmp_path / "published/study.json").read_text()) == small
 
 
