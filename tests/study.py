@@ -20,9 +20,8 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,24 +38,26 @@ PUBLISHED = ROOT / "tests/data/study"
 SEEDS, SHARES = (0, 1, 2), (0.35, 0.5, 0.65, 0.8)        # settings were chosen on dev, with seed 3
 ENGLISH = {"model": ROOT / "runs/nano_en.pt", "data": ROOT / "runs/mini_en"}
 
-# First phases by name: flags of run.py. "dense" and "distilled" are trained without penalty, the others with it.
+# Flags of run.py, each chosen on dev. First phases by name: "dense" and "distilled" have no penalty.
 FIRST = {
-    "dense": "",
-    "distilled": "--distil",
-    "gentle": "--l1-encoder 1e-5 --l2-encoder 1e-5 --l1-decoder 2e-5 --l2-decoder 2e-5",
+    "dense": "--lr 1e-3",
+    "distilled": "--lr 1e-3 --distil",
+    "gentle": "--l1-encoder 1.5e-5 --l2-encoder 1.5e-5 --l1-decoder 3.5e-5 --l2-decoder 3.5e-5",
     "sgl": "",
-    "sgl distilled": "--distil",
+    "sgl distilled": "--lr 2e-3 --recovery-lr 3e-3 --z2 -1.5 --distil",
     "column": "--groups column",
     "prox": "--sgl prox",
     "group": "--l1-encoder 0 --l1-decoder 0",
     "l1": "--l2-encoder 0 --l2-decoder 0",
     "squared": "",
 }
+RECOVERY = {"nothing": "--recovery-lr 1e-3", "magnitude": "--recovery-lr 1e-3"}     # by cut; others:
+STRUCTURED = "--recovery-lr 2e-3"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row. `flags` are those of the recovery; `part` says in which table it stands."""
+    """One row; `part` says in which table it stands."""
     part: str
     method: str
     first: str
@@ -72,7 +73,8 @@ class Arm:
     def settings(self, folder: Path) -> run.Settings:
         """Those of run.py for this arm, its files in `folder`."""
         other = [f"--{key}={value}" for key, value in ENGLISH.items()] + ["--language=en"] if self.part == "english" else []
-        return run.settings([*FIRST[self.first].split(), *self.flags.split(), *other, "--seed", str(self.seed), "--out", str(folder)])
+        flags = f"{RECOVERY.get(self.cut, STRUCTURED)} {FIRST[self.first]} {self.flags}"
+        return run.settings([*flags.split(), *other, "--seed", str(self.seed), "--out", str(folder)])
 
 
 def arms() -> list[Arm]:
@@ -189,11 +191,11 @@ def histograms(original: run.Whisper, model: run.Whisper, plan: prune.Plan) -> d
     prune.mask_(kept, replace(plan, pass2={}))
     for side in ("encoder", "decoder"):
         (old, _), (new, cut) = before.pooled(side), plan.pooled(side)
-        edges = np.linspace(0, max(old.max(), new.max()), 41)
+        edges = np.linspace(0, max(old.max(), new.max()).item(), 41)
         weights = [kept.get_submodule(name).weight.abs() / row[2] for name, row in plan.pass2.items() if name.startswith(side)]
         weights = torch.cat([w[w > 0] for w in weights]).numpy()
-        sides[side] = {"norms": edges.tolist(), "cut": cut, "before": np.histogram(old, edges)[0].tolist(),
-                       "after": np.histogram(new, edges)[0].tolist(), "weights": np.histogram(weights, 40, (0, 10))[0].tolist()}
+        sides[side] = {"norms": edges.tolist(), "cut": cut, "before": np.histogram(old.numpy(), edges)[0].tolist(),
+                       "after": np.histogram(new.numpy(), edges)[0].tolist(), "weights": np.histogram(weights, 40, (0, 10))[0].tolist()}
     return sides
 
 
@@ -456,16 +458,23 @@ def publish(study: dict, text: str, folder: Path, plot: bool) -> None:
 
 def main(s: run.Settings) -> int:
     """All that is missing, then what is made of it."""
-    folder = Path(s.from_ or (s.out if s.out and not s.out.startswith("runs/nano-") else "runs/study"))
+    folder = Path(s.from_ or (s.out if s.out != run.settings([]).out else "runs/study"))
     if not s.from_:
         (folder / "first").mkdir(parents=True, exist_ok=True)
-        todo = [arm for arm in arms() if not (folder / arm.name / "report.json").exists()]
-        firsts = {first_name(arm): arm.name for arm in todo if not (folder / "first" / f"{first_name(arm)}.pt").exists()}
-        print(f"{len(todo)} of {len(arms())} arms to run, {len(firsts)} first phases; {os.cpu_count()} at a time")
-        for stage, names in (("first", firsts.values()), ("arm", [arm.name for arm in todo])):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for name, code in pool.map(partial(child, stage, folder), names):
-                    run.need(code == 0, f"{stage} of {name} failed, see above; the same command goes on with what is left")
+        todo, first = [arm for arm in arms() if not (folder / arm.name / "report.json").exists()], {}
+        print(f"{len(todo)} of {len(arms())} arms to run, {os.cpu_count()} at a time")
+        pool, jobs = ThreadPoolExecutor(os.cpu_count()), []
+        for part in dict.fromkeys(arm.part for arm in todo):             # the core is whole before the others begin
+            here = [arm for arm in todo if arm.part == part]
+            for arm in here:
+                if first_name(arm) not in first and not (folder / "first" / f"{first_name(arm)}.pt").exists():
+                    first[first_name(arm)] = pool.submit(child, "first", folder, arm)
+            jobs += [pool.submit(child, "arm", folder, arm, first.get(first_name(arm))) for arm in here]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
         rows = collect(folder)["rows"]
         machine = {"machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}"}
         run.write(folder / "latency.json", lambda file: file.write(json.dumps(latencies(folder, rows) | machine).encode()))
@@ -476,12 +485,16 @@ def main(s: run.Settings) -> int:
     return 0
 
 
-def child(stage: str, folder: Path, name: str) -> tuple[str, int]:
+def child(stage: str, folder: Path, arm: Arm, after: Future | None = None) -> None:
     """One job in a process of its own, with one thread: so two cores do nearly twice the work of one."""
+    if after:
+        after.result()
     started = time.time()
-    done = subprocess.run([sys.executable, __file__, stage, str(folder), name], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    print(f"{time.strftime('%H:%M')}  {stage:<5} {name:<32} {time.time() - started:5.0f} s", flush=True)
-    return name, done.returncode
+    done = subprocess.run([sys.executable, __file__, stage, str(folder), arm.name], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.DEVNULL)
+    print(f"{time.strftime('%H:%M')}  {stage:<5} {first_name(arm) if stage == 'first' else arm.name:<32} {time.time() - started:5.0f} s", flush=True)
+    if done.returncode:
+        raise run.Stop(f"{stage} of {arm.name} failed, see above; the same command goes on with what is left", 1)
 
 
 if __name__ == "__main__":

@@ -92,11 +92,12 @@ def both(model: Whisper, plan: prune.Plan) -> tuple[Whisper, Whisper]:
 
 @torch.no_grad()
 def constant(model: Whisper, values: dict[str, list[float]]) -> Whisper:
-    """Sets every entry of group j to values[name][j] (1 if not named), so that n_j is that number."""
+    """Sets every entry of group j to plus or minus values[name][j] (1 if not named), so that n_j is that number. With one sign
+    for all, a layer would sum up what LayerNorm has centred: zero but for rounding."""
     for name, group in prune.units(model).items():
         n = torch.tensor(values.get(name, [1.0] * len(group[0][0])))
         for p, axis in group:
-            p.copy_((n if axis == p.ndim - 1 else n[:, None]).expand_as(p))
+            p.copy_((n if axis == p.ndim - 1 else n[:, None]) * p.sign())
     return model
 
 
@@ -112,6 +113,15 @@ def test_pass_one_by_hand():
     # the decoder's pool is its own: all 1, nothing under the cut
     assert plan.cuts["decoder.blocks.0.mlp"] == 1 and plan.keep["decoder.blocks.0.mlp"].all()
     assert plan.removed()[0] == 192 * (64 + 1 + 64)
+
+
+def test_pool_by_hand():
+    """The same weights, each group alone: the mlp's mean is 0.55, std 0.26, and attn.vo, all alike, loses nothing."""
+    name = "encoder.blocks.0.mlp"
+    model = constant(make(replace(SMALL, n_audio_layer=1, n_text_layer=1)), {name: [0.4] * 192 + [1.0] * 64})
+    plan = prune.two_pass(model, z1=-0.25, z2=None, pool=str)
+    assert plan.cuts[name] == pytest.approx(0.55 - 0.25 * (0.75 * 0.25 * 0.36) ** 0.5, abs=1e-6)
+    assert plan.cuts["encoder.blocks.0.attn.vo"] == pytest.approx(1) and plan.keep["encoder.blocks.0.attn.vo"].all()
 
 
 def test_floor_by_hand():

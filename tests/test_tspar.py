@@ -162,6 +162,26 @@ def test_four_strengths():
         assert net[side][0].weight.grad.abs().sum() > 0
 
 
+def test_scale_multiplies_all_four():
+    """With scale 1/2, penalty, gradient and proximal step are those of half the strengths; scale 0 changes nothing."""
+    strengths = dict(zip(FOUR, (0.5, 0.25, 1.0, 2.0)))
+    results = []
+    for half, scale in ((False, 0.5), (True, 1.0)):
+        net, sgl = model_and_penalty(**{name: value / (1 + half) for name, value in strengths.items()})
+        sgl.scale = scale
+        value = sgl.penalty().item()
+        sgl.add_gradient_()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        sgl.prox_(optimizer)
+        results.append([torch.tensor(value)] + [x for w in net.parameters() for x in (w.detach(), w.grad) if x is not None])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    net, sgl = model_and_penalty(**strengths)
+    before, sgl.scale = [w.clone() for w in net.parameters()], 0.0
+    sgl.prox_(torch.optim.SGD(net.parameters(), lr=0.01))
+    assert sgl.penalty() == 0 and all(map(torch.equal, net.parameters(), before))
+
+
 def test_a_frozen_member_counts_but_gets_no_gradient():
     """As with autograd: the norm includes the frozen matrix, its .grad stays None."""
     net, sgl = model_and_penalty()
