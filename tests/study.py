@@ -163,7 +163,7 @@ def train_arm(arm: Arm, folder: Path) -> None:
         if arm.cut != "nothing":
             plan = plan_of(model, arm, s)
             report = {"left": {name: keep.double().mean().item() for name, keep in plan.keep.items()}, "z1": plan.settings.get("z1")}
-            report |= {"histograms": histograms(original, model, plan)} if arm.part == "core" and arm.seed == 0 else {}
+            report |= {"histograms": histograms(original, model, plan)} if arm.cut == "two_pass" and arm.part == "core" and arm.seed == 0 else {}
             prune.remove_(model, plan)
         run.fine_tune(model, clips, run.recovery(s), "recover")
     texts = run.transcribe(model, clips["test"], s)
