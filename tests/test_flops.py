@@ -483,11 +483,10 @@ def test_high_water_beside_many_holes():
 
 
 @linux_only
-@pytest.mark.parametrize("name", ["tiny", "base"])
-def test_peak_activations_against_the_process(name):
+def test_peak_activations_against_the_process():
     """The formulas are within 5% of the process's high-water mark."""
     torch.manual_seed(0)
-    within_5_percent(Whisper(DIMS[name]), batch=1)
+    within_5_percent(Whisper(DIMS["tiny"]), batch=1)
 
 
 @linux_only
@@ -497,7 +496,7 @@ def test_peak_activations_of_a_pruned_model():
     within_5_percent(ragged(Whisper(DIMS["tiny"]), 7, equal_widths=True), batch=2)
 
 
-@pytest.mark.parametrize("width, bytes_per_value, batch", [(None, 4, 1), (48, 4, 2), (None, 2, 2)])
+@pytest.mark.parametrize("width, bytes_per_value, batch", [(None, 4, 1), (48, 4, 2), (None, 2, 1)])
 def test_training_memory_against_what_autograd_keeps(width, bytes_per_value, batch):
     """Every different tensor that a forward pass of tiny, whole or with narrow layers, saves for backward: within 1% in float32;
     under autocast within 10%, as LayerNorm keeps float32."""
