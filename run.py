@@ -119,7 +119,7 @@ class Settings:
     l2_encoder: float = flag(3e-5, "strength on groups: higher empties more of them")
     l2_decoder: float = flag(7e-5, "the same in the decoder")
     z1: float = flag(0.5, "pass 1, standard deviations from the mean norm: higher removes more groups")
-    z2: float = flag(-1.2, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
+    z2: float = flag(-0.75, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     target: float = flag(0.0, "share of the block parameters to remove; 0 leaves the size to z1")
     rounds: int = flag(2, "rounds of Iterative Magnitude Pruning: each needs some hundred steps to recover in")
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
