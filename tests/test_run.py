@@ -284,13 +284,13 @@ def kill_at(call: int):
 
 
 def test_killed_in_every_phase_and_resumed(uninterrupted, tmp_path):
-    """Each time the run has come three steps further it is killed, in all six phases: the end is the same, bit for bit."""
+    """Each time the run has come two steps further it is killed, in all six phases: the end is the same, bit for bit."""
     arguments = [*QUICK, "--eval-every", "2", "--save-every", "1", "--out", str(tmp_path / "out")]
-    assert ended(in_child(arguments, lambda: kill_at(4))) == -signal.SIGKILL
+    assert ended(in_child(arguments, lambda: kill_at(3))) == -signal.SIGKILL
     phases = set()
     for _ in range(20):
         phases |= {path.name for path in (tmp_path / "out/state").glob("*.pt")}
-        code = ended(in_child([*arguments, "--resume"], lambda: kill_at(4)))
+        code = ended(in_child([*arguments, "--resume"], lambda: kill_at(3)))
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -299,10 +299,10 @@ def test_killed_in_every_phase_and_resumed(uninterrupted, tmp_path):
 
 
 def test_no_partial_file_after_random_kills(uninterrupted, tmp_path):
-    """Twenty kills at random moments: every file that has its final name is whole each time, and the run ends the same."""
+    """Ten kills at random moments: every file that has its final name is whole each time, and the run ends the same."""
     out, rng, kills = tmp_path / "out", random.Random(0), 0
     arguments = [*QUICK, "--eval-every", "2", "--save-every", "1", "--out", str(out)]
-    while kills < 20:
+    while kills < 10:
         pid = in_child([*arguments, "--resume"] if (out / "settings.json").exists() else [*arguments, "--overwrite"])
         time.sleep(rng.uniform(0.15, 0.7))
         os.kill(pid, signal.SIGKILL)
@@ -314,7 +314,7 @@ def test_no_partial_file_after_random_kills(uninterrupted, tmp_path):
                 json.loads(path.read_text(encoding="utf8"))
         if (out / "report.json").exists() and not (out / "state").exists():
             assert same_bits(uninterrupted, out)
-            (out / "settings.json").unlink()               # begin again, until twenty are reached
+            (out / "settings.json").unlink()               # begin again, until ten are reached
     resume = "--resume" if (out / "settings.json").exists() else "--overwrite"
     assert ended(in_child([*arguments, resume])) == 0 and same_bits(uninterrupted, out)
 
