@@ -258,7 +258,7 @@ def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
         mine = places[first:, :, RANK].reshape(-1, s.batch)
         loader = iter(batches(train, s, [[(int(order[p]), s.seed, int(p)) for p in row] for row in mine]))
         bar = tqdm(initial=first, total=s.steps, desc=title, leave=False, ncols=80, disable=RANK > 0 or None)
-        try:
+        with resumable(state, title), bar:
             for step in range(first, s.steps):
                 with undivided():
                     rate = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
@@ -283,17 +283,6 @@ def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
                         state.save()
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update()
-        except KeyboardInterrupt:
-            state.save()
-            raise Stop(f"stopped after step {state.step} of {title}; the same command with --resume goes on", 130) from None
-        except (OSError, RuntimeError) as error:             # a full disk, too little memory, a worker killed
-            known = "out of memory|allocate|inline_container|unexpected pos|DataLoader worker"      # of RuntimeErrors
-            if not isinstance(error, OSError) and not re.search(known, str(error)):
-                raise
-            raise Stop(f"{title} failed in step {state.step + 1} ({str(error).splitlines()[0]}); when that is mended, the "
-                       "same command with --resume goes on from the last saved step", 1) from error
-        finally:
-            bar.close()
         if first < s.steps:
             state.finish()
     model.eval()
@@ -336,14 +325,16 @@ class Objective(torch.nn.Module):
 
     def __init__(self, model: Whisper, teacher: Whisper | None = None):
         super().__init__()
-        rows, self.row_of, counts = torch.unique(model.decoder.token_embedding.weight.detach(), dim=0,
-                                                 return_inverse=True, return_counts=True)
-        self.model, self.teacher, self.log_counts = model, teacher, counts.to(rows).log()
-        model.decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
-        if teacher:                              # its vocabulary: one token for each row of ours
-            token = self.row_of.new_zeros(len(rows)).scatter_(0, self.row_of, torch.arange(len(self.row_of)).to(self.row_of))
-            rows = teacher.decoder.token_embedding.weight.detach()[token]
-            teacher.requires_grad_(False).decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows)
+        weight = model.decoder.token_embedding.weight.detach()
+        alike = (weight == weight[-1]).all(1)    # as the last token, a timestamp, which no text has
+        different = [*torch.where(~alike)[0].tolist(), len(weight) - 1]
+        self.model, self.teacher = model, teacher
+        self.row_of = torch.where(alike, len(different) - 1, (~alike).cumsum(0) - 1)
+        self.log_counts = torch.bincount(self.row_of).to(weight).log()
+        for each in (model, teacher) if teacher else (model,):
+            rows = each.decoder.token_embedding.weight.detach()[different]
+            each.decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=each is teacher)
+        teacher.requires_grad_(False) if teacher else None
 
     def forward(self, mels: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """mels (B, n_mels, n_frames); inputs and targets (B, T), ids of the full vocabulary, targets -100 to skip."""
@@ -726,6 +717,22 @@ class State:
             self.model.load_state_dict(self.best[1])
         self.optimizer, self.best = None, [self.best[0], {}]
         self.save()
+
+
+@contextmanager
+def resumable(state: State, title: str):
+    """Whatever stops the phase is said in a sentence; when the user does, the last step is saved first."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        state.save()
+        raise Stop(f"stopped after step {state.step} of {title}; the same command with --resume goes on", 130) from None
+    except (OSError, RuntimeError) as error:             # a full disk, too little memory, a worker killed
+        known = "out of memory|allocate|inline_container|unexpected pos|DataLoader worker"      # of RuntimeErrors
+        if not isinstance(error, OSError) and not re.search(known, str(error)):
+            raise
+        raise Stop(f"{title} failed in step {state.step + 1} ({str(error).splitlines()[0]}); when that is mended, the "
+                   "same command with --resume goes on from the last saved step", 1) from error
 
 
 @contextmanager

@@ -38,33 +38,33 @@ PUBLISHED = ROOT / "tests/data/study"
 SEEDS, SHARES = (0, 1, 2), (0.35, 0.5, 0.65, 0.8)        # settings were chosen on dev, with seed 3
 ENGLISH = {"model": ROOT / "runs/nano_en.pt", "data": ROOT / "runs/mini_en"}
 
-# Flags of run.py, each chosen on dev. First phases by name: "dense" and "distilled" have no penalty.
+# Flags of run.py, chosen on dev. First phases by name ("dense" and "distilled" have no penalty), then second phases.
 FIRST = {
     "dense": "--lr 1e-3",
     "distilled": "--lr 1e-3 --distil",
-    "gentle": "--recovery-lr 1e-3 --l1-encoder 1.5e-5 --l2-encoder 1.5e-5 --l1-decoder 3.5e-5 --l2-decoder 3.5e-5",
+    "gentle": "--l1-encoder 1.5e-5 --l2-encoder 1.5e-5 --l1-decoder 3.5e-5 --l2-decoder 3.5e-5",
     "sgl": "",
-    "sgl distilled": "--lr 2e-3 --recovery-lr 3e-3 --z2 -1.5 --distil",
+    "sgl distilled": "--lr 2e-3 --distil",
     "column": "--groups column",
     "prox": "--sgl prox",
     "group": "--l1-encoder 0 --l1-decoder 0",
     "l1": "--l2-encoder 0 --l2-decoder 0",
     "squared": "",
 }
-RECOVERY = {"nothing": "--recovery-lr 1e-3", "magnitude": "--recovery-lr 1e-3"}     # by cut; others:
-STRUCTURED = "--recovery-lr 2e-3 --z2 -1.2"
+LIGHT, HEAVY = "--recovery-lr 1e-3 --z2 -1.2", "--recovery-lr 2e-3 --z2 -1.2"
+DISTIL = "--distil --recovery-steps 1200 --z2 -1.5"          # twice the steps, for everybody
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row; `part` says in which table it stands."""
+    """One row; `part` says in which table it stands, `flags` are those of its second phase."""
     part: str
     method: str
     first: str
     cut: str
+    flags: str
     share: float = 0.0
     seed: int = 0
-    flags: str = ""
 
     @property
     def name(self) -> str:
@@ -73,35 +73,38 @@ class Arm:
     def settings(self, folder: Path) -> run.Settings:
         """Those of run.py for this arm, its files in `folder`."""
         other = [f"--{key}={value}" for key, value in ENGLISH.items()] + ["--language=en"] if self.part == "english" else []
-        flags = f"{RECOVERY.get(self.cut, STRUCTURED)} {FIRST[self.first]} {self.flags}"
-        return run.settings([*flags.split(), *other, "--seed", str(self.seed), "--out", str(folder)])
+        return run.settings([*FIRST[self.first].split(), *self.flags.split(), *other, "--seed", str(self.seed), "--out", str(folder)])
 
 
 def arms() -> list[Arm]:
     """All of them, in the order of the tables."""
-    core = [arm for seed in SEEDS for arm in (
-        Arm("core", "dense", "dense", "nothing", seed=seed),
-        *(Arm("core", method, first if share > 0.5 else mild, cut, share, seed) for share in SHARES for method, first, mild, cut in (
-            ("TSPAR", "sgl", "gentle", "two_pass"), ("IMP", "dense", "dense", "magnitude"), ("L2", "dense", "dense", "uniform"))))]
-    distilled = [arm for seed in SEEDS for arm in (
-        Arm("distilled", "dense distilled", "distilled", "nothing", seed=seed),
-        *(Arm("distilled", "TSPAR distilled", "sgl distilled", "two_pass", share, seed) for share in (0.8, 0.88)))]
-    distilled += [Arm("distilled", "IMP distilled", "distilled", "magnitude", 0.8), Arm("distilled", "L2 distilled", "distilled", "uniform", 0.8)]
-    ablations = [Arm("ablation", method, first, cut, 0.65, 0, flags) for method, first, cut, flags in (
-        ("column groups", "column", "two_pass", ""),
-        ("proximal step", "prox", "two_pass", ""),
-        ("group LASSO alone", "group", "two_pass", ""),
-        ("L1 alone", "l1", "two_pass", ""),
-        ("squared norm", "squared", "two_pass", ""),
-        ("weights after groups", "sgl", "two_pass", "--z2 -0.5"),
-        ("weights before groups", "sgl", "weights_first", "--z2 -0.5"),
-        ("thresholds per matrix", "sgl", "per_matrix", ""),
-        ("magnitude in one shot", "dense", "magnitude", "--rounds 1"),
-        ("L2 per layer", "dense", "uniform_per_layer", ""),
-        ("random units", "dense", "random", ""))]
-    english = [Arm("english", f"English {method}", first, cut, 0.65 if cut != "nothing" else 0.0) for method, first, cut in (
-        ("dense", "dense", "nothing"), ("TSPAR", "sgl", "two_pass"), ("IMP", "dense", "magnitude"))]
-    return core + distilled + ablations + (english if all(map(os.path.exists, ENGLISH.values())) else [])
+    core, distilled = [], []
+    for seed in SEEDS:
+        core.append(Arm("core", "dense", "dense", "nothing", LIGHT, seed=seed))
+        for share in SHARES:
+            core.append(Arm("core", "TSPAR", *(("sgl", "two_pass", HEAVY) if share > 0.5 else ("gentle", "two_pass", LIGHT)), share, seed))
+            core.append(Arm("core", "IMP", "dense", "magnitude", LIGHT, share, seed))
+            core.append(Arm("core", "L2", "dense", "uniform", HEAVY, share, seed))
+            core.append(Arm("core", "L2 per layer", "dense", "uniform_per_layer", HEAVY, share, seed)) if share > 0.5 else None
+        distilled.append(Arm("distilled", "dense distilled", "distilled", "nothing", f"{DISTIL} --recovery-lr 1e-3", seed=seed))
+        for method, first, cut, lr, shares in (("TSPAR", "sgl distilled", "two_pass", 3e-3, (0.8, 0.88)), ("IMP", "distilled", "magnitude", 1e-3, (0.8,)),
+                                               ("L2", "distilled", "uniform", 2e-3, (0.8,))):
+            distilled += [Arm("distilled", f"{method} distilled", first, cut, f"{DISTIL} --recovery-lr {lr}", share, seed) for share in shares]
+    ablations = [Arm("ablation", method, first, cut, flags, 0.65, seed) for method, first, cut, flags, seeds in (
+        ("column groups", "column", "two_pass", HEAVY, 1),
+        ("proximal step", "prox", "two_pass", HEAVY, 1),
+        ("group LASSO alone", "group", "two_pass", HEAVY, 1),
+        ("L1 alone", "l1", "two_pass", HEAVY, 3),
+        ("squared norm", "squared", "two_pass", HEAVY, 1),
+        ("weights after groups", "sgl", "two_pass", f"{HEAVY} --z2 -0.5", 1),
+        ("weights before groups", "sgl", "weights_first", f"{HEAVY} --z2 -0.5", 1),
+        ("thresholds per matrix", "sgl", "per_matrix", HEAVY, 1),
+        ("magnitude in one shot", "dense", "magnitude", f"{LIGHT} --rounds 1", 1),
+        ("random units", "dense", "random", HEAVY, 1)) for seed in range(seeds)]
+    english = [Arm("english", f"English {method}", first, cut, flags, 0.65 if cut != "nothing" else 0.0) for method, first, cut, flags in (
+        ("dense", "dense", "nothing", LIGHT), ("TSPAR", "sgl", "two_pass", HEAVY), ("IMP", "dense", "magnitude", LIGHT))]
+    order = lambda part: sorted(part, key=lambda arm: arm.share)          # stable: seeds and methods stay as they are
+    return order(core) + order(distilled) + ablations + (english if all(map(os.path.exists, ENGLISH.values())) else [])
 
 
 # --------------------------------------------------------------------------------------------------------------- the cuts

@@ -13,7 +13,7 @@ NANO = study.ROOT / "tests/data/nano.pt"
 
 def row(method: str, share: float, seed: int, errors: list[int], encoder_ms: float, part: str = "core") -> dict:
     """A report as train_arm writes it, of four clips of ten words."""
-    arm = study.Arm(part, method, "dense", "two_pass" if share else "nothing", share, seed)
+    arm = study.Arm(part, method, "dense", "two_pass" if share else "nothing", "", share, seed)
     return {**vars(arm), "name": arm.name, "errors": errors, "words": [10] * 4, "wer": 100 * sum(errors) / 40, "cer": 1.0,
             "wer_ci95": run.interval(errors, [10] * 4, 0), "parameters": 8e6, "block_parameters": 1e6 * (1 - share), "nonzero": 7e6,
             "block_nonzero": 1e6 * (1 - share), "memory_bytes": 3e7, "flops": 7e8 * (1 - share), "bytes": 3e7, "encoder_ms": encoder_ms,
@@ -76,7 +76,7 @@ def test_made_again_without_training(small, tmp_path, capsys, monkeypatch):
 
 def test_whole_study_goes_into_the_readme(small, tmp_path, monkeypatch):
     """With no arm missing, what lies between the marks of the README is replaced, and nothing else."""
-    monkeypatch.setattr(study, "arms", lambda: [study.Arm("core", "dense", "dense", "nothing")])
+    monkeypatch.setattr(study, "arms", lambda: [study.Arm("core", "dense", "dense", "nothing", "")])
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "PUBLISHED", tmp_path / "published")
     (tmp_path / "README.md").write_text("a\n<!-- summary -->\nold\n<!-- /summary -->\nb\n<!-- results -->\nold\n<!-- /results -->\nc\n")
@@ -106,7 +106,7 @@ def test_cut_takes_its_share(cut, thresholds):
     """Half of nano's block parameters, to 2%, by as many thresholds as there are pools (None: one a unit); random units differ
     from seed to seed."""
     model, s = prune.load(NANO), run.settings([])
-    plans = [study.plan_of(model, study.Arm("core", "x", "dense", cut, 0.5, seed), s) for seed in range(1 + (cut == "random"))]
+    plans = [study.plan_of(model, study.Arm("core", "x", "dense", cut, "", 0.5, seed), s) for seed in range(1 + (cut == "random"))]
     gone, of = plans[0].removed()
     assert abs(gone / of - 0.5) < 0.02 and len(set(plans[0].cuts.values())) == (thresholds or len(plans[0].cuts))
     if cut == "random":
@@ -125,7 +125,7 @@ def test_an_arm_from_first_phase_to_report(tmp_path, monkeypatch):
     """Two steps each: the first phase is saved once, the arm's model has its share gone, its report has what the tables need."""
     monkeypatch.setattr(study, "FIRST", dict.fromkeys(study.FIRST, "--steps 2 --recovery-steps 2 --rounds 1 --limit 6 --batch 2"))
     for method, cut in (("weights after groups", "two_pass"), ("IMP", "magnitude")):
-        arm = study.Arm("core", method, "sgl" if cut == "two_pass" else "dense", cut, 0.5)
+        arm = study.Arm("core", method, "sgl" if cut == "two_pass" else "dense", cut, "", 0.5)
         study.train_first(arm, tmp_path)
         study.train_arm(arm, tmp_path)
     tspar, imp = [json.loads((tmp_path / f"{m}-50-seed0/report.json").read_text()) for m in ("weights-after-groups", "imp")]
