@@ -59,7 +59,7 @@ def common_voice(folder: Path, rows: int = 3) -> Path:
 
 
 def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
-    """Two steps of every phase, interrupted in the third step of all and resumed. Returns OUT."""
+    """Two steps of every phase, interrupted in the third step of all, and resumed. Returns OUT."""
     arguments = ["--model", str(checkpoint(folder / f"{size}.pt", size)), "--data", str(common_voice(folder / "cv")), "--steps", "2",
                  "--recovery-steps", "2", "--rounds", "1", "--eval-every", "2", "--batch", str(batch), "--out", str(folder / "out"), *flags]
     backward, options, seconds = run.backward, whisper.DecodingOptions, []

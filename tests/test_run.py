@@ -501,9 +501,9 @@ def test_transcribe_files(tmp_path, capsys):
 
 
 def test_rehearsal_on_tiny(tmp_path, monkeypatch):
-    """Tiny's real dimensions, OpenAI's file format, 48 kHz mp3: one or two steps of every phase, interrupted and resumed."""
+    """Tiny's real dimensions, OpenAI's file format, 48 kHz mp3: a step of every phase, interrupted and resumed."""
     monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # slow here
-    out = rehearse("tiny", tmp_path, 1, ["--limit", "1", "--workers", "0", "--recovery-steps", "1"])
+    out = rehearse("tiny", tmp_path, 1, ["--limit", "1", "--workers", "0", "--steps", "1", "--recovery-steps", "1"])
     rows = json.loads((out / "report.json").read_text(encoding="utf8"))["models"]
     assert [row["name"] for row in rows] == ["original", "dense", "tspar", "imp"] and rows[0]["parameters"] == 37_184_640
     assert "dev " in (out / "log.txt").read_text(encoding="utf8")
