@@ -4,7 +4,7 @@
     python run.py --study --from runs/study      # trains nothing: tables and figures from what is there
 
 An arm is a first phase, a cut and a recovery: one method at one size with one seed. Arms that begin alike share the first
-phase, which is trained once. All take the same number of steps, with the same clips in the same order. One process a core,
+phase, which is trained once. All of a table take as many steps, with the same clips in the same order. One process a core,
 one thread each. An arm that has its report.json is never run again: an interrupted study goes on where it was.
 
 The second language takes part if it has been made (make_mini_hi.py --voice en, make_nano.py --language en: see there).
@@ -266,12 +266,14 @@ def table(groups: list[Group]) -> str:
 def summary(study: dict) -> str:
     """The README's first table: dense and all methods at 65%."""
     names = {"dense": "dense: fine-tuned, no penalty", "TSPAR": "**TSPAR**: penalty, two passes, removal, recovery",
-             "L2": "the weakest groups of the dense model removed, recovery", "IMP": "Iterative Magnitude Pruning, as many zeros"}
+             "L2": "the weakest groups of the dense model removed, recovery", "L2 per layer": "the same, an equal share of every layer", "IMP": "Iterative Magnitude Pruning, as many zeros"}
     groups, lines = grouped(study["rows"]), ["| | block parameters | FLOPs per clip | encoder, 1 clip | WER (95% interval) | less dense |",
                                              "|---|---:|---:|---:|---:|---:|"]
     dense = groups["dense", 0.0]
     for method, name in names.items():
-        g = groups[method, 0.65 if method != "dense" else 0.0]
+        g = groups.get((method, 0.65 if method != "dense" else 0.0))
+        if not g:
+            continue
         less = lambda key: f" ({g.mean(key) / dense.mean(key) - 1:+.0%})" if g is not dense else ""
         change = f"{g.change:+.1f} ({g.change_ci[0]:+.1f} to {g.change_ci[1]:+.1f})" if g.change_ci else ""
         lines.append(f"| {name} | {g.mean('block_parameters') / 1e6:.3f} M{less('block_parameters')} | {g.mean('flops') / 1e9:.3f} G{less('flops')} | "
@@ -353,7 +355,7 @@ def results(study: dict) -> str:
             table(of("core")), "![WER against FLOPs, a line a method](tests/data/study/wer.png)",
             "**The goals set beforehand:**", goals(groups)]
     if of("distilled"):
-        text += ["**With `--distil`**, everybody learns from the model as it came (beyond the paper):", table(of("distilled"))]
+        text += ["**With `--distil`**, all learn from the model as it came (beyond the paper), and recover for twice as many steps:", table(of("distilled"))]
     if of("ablation"):
         text += ["**One thing changed**, seed 0, 65% of the block parameters; to compare with TSPAR's line of that seed:",
                  table([Group([r for r in study["rows"] if r["name"] == "tspar-65-seed0"], [r for r in study["rows"] if r["name"] == "dense-0-seed0"])]
@@ -368,9 +370,10 @@ def results(study: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ the figures
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"         # Okabe and Ito: told apart by colour-blind eyes
-LINES = {"TSPAR": (BLUE, "o-"), "IMP": (ORANGE, "s--"), "L2": (GREEN, "^-."), "TSPAR distilled": (BLUE, "o:"),
-         "dense": (GREY, "D"), "dense distilled": (GREY, "d")}
+# Okabe and Ito: told apart by colour-blind eyes.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+LINES = {"TSPAR": (BLUE, "o-"), "IMP": (ORANGE, "s--"), "L2": (GREEN, "^-."), "L2 per layer": (PURPLE, "v-"), "dense": (GREY, "D"),
+         "TSPAR distilled": (BLUE, "o:"), "dense distilled": (GREY, "d")}
 
 
 def draw(study: dict, folder: Path) -> None:
@@ -410,14 +413,14 @@ def draw(study: dict, folder: Path) -> None:
 
     bars = [(row["method"], row["left"]) for row in study["rows"] if row.get("left") and row["part"] == "core" and row["share"] == 0.65 and not row["seed"]]
     if bars:
-        names = [*bars[0][1]]
+        names, high = [*bars[0][1]], 0.8 / len(bars)
         figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
         for i, (method, left) in enumerate(bars):
-            axis.barh(np.arange(len(names)) + 0.4 * i, [100 * left[name] for name in names], 0.4, color=LINES[method][0], label=method)
-        axis.set_yticks(np.arange(len(names)) + 0.2, [name.replace(".blocks", "") for name in names])
+            axis.barh(np.arange(len(names)) + i * high, [100 * left[name] for name in names], high, color=LINES[method][0], label=method)
+        axis.set_yticks(np.arange(len(names)) + 0.4 - high / 2, [name.replace(".blocks", "") for name in names])
         axis.invert_yaxis()
         axis.set(xlabel="groups left (%), 65% of the block parameters removed, seed 0", xlim=(0, 100))
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)          # above, where no bar is
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(bars), frameon=False)          # above, where no bar is
         save(figure, folder / "layers.png")
 
 
@@ -434,7 +437,7 @@ def collect(folder: Path) -> dict:
         run.need((folder / "study.json").is_file(), f"--from {folder} holds neither study.json nor ARM/report.json; name the folder of a study")
         return json.loads((folder / "study.json").read_text(encoding="utf8"))
     rows = {row["name"]: row for row in (json.loads(path.read_text(encoding="utf8")) for path in reports)}
-    rows = [{k: v for k, v in rows[arm.name].items() if k not in ("transcripts", "settings")} for arm in arms() if arm.name in rows]
+    rows = [{k: v for k, v in (rows[arm.name] | vars(arm)).items() if k not in ("transcripts", "settings")} for arm in arms() if arm.name in rows]
     latency = folder / "latency.json"
     latency = json.loads(latency.read_text(encoding="utf8")) if latency.is_file() else {}
     machine = latency.pop("machine", "")
