@@ -36,6 +36,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import unicodedata
 import warnings
@@ -526,11 +527,11 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
     change = row["tspar"]["wer"] - row["dense"]["wer"]
     low, high = interval(np.subtract(row["tspar"]["errors"], row["dense"]["errors"]), row["dense"]["words"], 0)
     lines = [f"WER of tspar less that of dense: {change:+.1f} points (95% interval {low:+.1f} to {high:+.1f}): " + (
-        "pruned too far;\nlower --z1, the strengths or --target, or raise --recovery-steps." if low > 0 else
-        "no loss\nthat these clips can show." if high >= 0 else "better.")]
+        "pruned too far; lower --z1, the strengths or --target, or raise --recovery-steps." if low > 0 else
+        "no loss that these clips can show." if high >= 0 else "better.")]
     if low > 0 and row["tspar"]["loss"] > 1.5 * row["dense"]["loss"]:
         lines.append(f"Recovery has not recovered: its loss ends at {row['tspar']['loss']:.3f}, dense's at {row['dense']['loss']:.3f}; "
-                     "raise\n--recovery-steps, then --recovery-lr.")
+                     "raise --recovery-steps, then --recovery-lr.")
     gone, of = plan.removed()
     if gone < 0.1 * of:
         lines.append(f"Only {gone / of:.1%} of the block parameters are gone: raise --steps, the strengths or --z1.")
@@ -538,8 +539,8 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
         left = {name: keep.double().mean().item() for name, keep in plan.keep.items() if name.startswith(side)}
         bare = [name for name, share in left.items() if share < 0.1]
         if bare and np.mean([*left.values()]) > 0.3:
-            lines.append(f"Nearly emptied while the rest of the {side} is whole: {', '.join(bare)};\nlower the {side}'s strengths.")
-    return "\n".join(lines)
+            lines.append(f"Nearly emptied while the rest of the {side} is whole: {', '.join(bare)}; lower the {side}'s strengths.")
+    return "\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in lines)
 
 
 def draw(plan: prune.Plan, file) -> None:
