@@ -148,17 +148,6 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
     return Plan(settings, _shapes(model), norms, cuts, keep, {} if z2 is None else _pass2(model, keep, z2))
 
 
-def uniform(model: Whisper, fraction: float, per_layer: bool = False, multiple: int = 8) -> Plan:
-    """Baseline: the `fraction` of units with the smallest n_j, over the model or in each layer and kind."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction is {fraction}; give a number from 0 up to, but not including, 1")
-    norms = _norms(model, units(model))
-    pools = norms if per_layer else dict.fromkeys(norms, torch.cat(list(norms.values())))
-    cuts = {name: pool.sort().values[int(fraction * len(pool))].item() for name, pool in pools.items()}
-    keep = _even(model, norms, cuts, multiple)
-    return Plan({"fraction": fraction, "multiple": multiple}, _shapes(model), norms, cuts, keep, {})
-
-
 def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, high: float = 10.0) -> Plan:
     """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high.
 

@@ -119,12 +119,24 @@ def plan_of(model: run.Whisper, arm: Arm, s: run.Settings) -> prune.Plan:
     at = {"two_pass": lambda z1: prune.two_pass(model, groups, z1, s.z2),
           "weights_first": lambda z1: prune.two_pass(model, groups, z1, None),          # the weights have been zeroed by now
           "per_matrix": lambda z1: prune.two_pass(model, groups, z1, s.z2, pool=str),
-          "uniform": lambda share: prune.uniform(model, share),
-          "uniform_per_layer": lambda share: prune.uniform(model, share, per_layer=True),
-          "random": lambda share: prune.uniform(stranger, share)}[arm.cut]
+          "uniform": lambda share: uniform(model, share),
+          "uniform_per_layer": lambda share: uniform(model, share, per_layer=True),
+          "random": lambda share: uniform(stranger, share)}[arm.cut]
     torch.manual_seed(arm.seed)
     stranger = run.Whisper(model.dims)           # the weakest units of a model with random weights
     return prune.target(arm.share, at, *((0.0, 0.999) if "uniform" in arm.cut or arm.cut == "random" else (-10.0, 10.0)))
+
+
+def uniform(model: run.Whisper, fraction: float, per_layer: bool = False, multiple: int = 8) -> prune.Plan:
+    """Baseline: the `fraction` of units with the smallest n_j, over the model or in each layer and kind, evened as two_pass
+    does. ValueError if fraction is not in [0, 1)."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction is {fraction}; give a number from 0 up to, but not including, 1")
+    plan = prune.two_pass(model, z2=None, multiple=multiple)
+    pools = plan.norms if per_layer else dict.fromkeys(plan.norms, torch.cat(list(plan.norms.values())))
+    cuts = {name: pool.sort().values[int(fraction * len(pool))].item() for name, pool in pools.items()}
+    keep = prune._even(model, plan.norms, cuts, multiple)
+    return replace(plan, settings={"fraction": fraction, "multiple": multiple}, cuts=cuts, keep=keep)
 
 
 class Squared(SparseGroupLasso):

@@ -17,6 +17,7 @@ from torch.nn.utils import prune as torch_prune
 from whisper.model import Linear, ModelDimensions, MultiHeadAttention, Whisper, disable_sdpa
 
 import prune
+from study import uniform
 
 SMALL = ModelDimensions(80, 40, 64, 2, 2, 300, 24, 64, 2, 3)            # head width 32
 SHAPES = {"two heads of 32": SMALL,
@@ -226,7 +227,7 @@ def test_planning_changes_nothing():
     """two_pass, uniform, units, zeros only read: every byte of the state dict stays."""
     model = weaken(make(), 0.5)
     before = copy.deepcopy(model.state_dict())
-    prune.two_pass(model), prune.two_pass(model, columns(model)), prune.uniform(model, 0.5), prune.zeros(model)
+    prune.two_pass(model), prune.two_pass(model, columns(model)), uniform(model, 0.5), prune.zeros(model)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -473,12 +474,12 @@ def test_magnitude_by_hand_and_by_torch():
 def test_uniform_rates():
     """A quarter of every unit per layer; over the model, a quarter of all units, wherever the weak ones are."""
     model = weaken(make(), lambda name: 0.9 * ("encoder.blocks.0.mlp" in name))
-    layer = prune.uniform(model, 0.25, per_layer=True)
+    layer = uniform(model, 0.25, per_layer=True)
     for name, n in layer.norms.items():
         assert (n >= layer.cuts[name]).double().mean() == 0.75
         if name.endswith("mlp"):
             assert layer.keep[name].double().mean() == 0.75
-    everywhere = prune.uniform(model, 0.09)
+    everywhere = uniform(model, 0.09)
     gone = torch.cat([n < everywhere.cuts[name] for name, n in everywhere.norms.items()])
     assert gone.double().mean().item() == pytest.approx(0.09, abs=0.001)
     assert everywhere.keep["encoder.blocks.0.mlp"].sum() < 0.5 * 256 and everywhere.keep["encoder.blocks.1.mlp"].all()
@@ -496,7 +497,7 @@ def test_target_share():
         assert gone / of == pytest.approx(share, abs=0.02)
         assert size(prune.remove_(copy.deepcopy(model), plan)) == of - gone
         assert f"({gone / of:.1%})" in str(plan)
-    plan = prune.target(0.3, lambda fraction: prune.uniform(model, fraction, multiple=1), 0, 0.99)
+    plan = prune.target(0.3, lambda fraction: uniform(model, fraction, multiple=1), 0, 0.99)
     assert plan.removed()[0] / plan.removed()[1] == pytest.approx(0.3, abs=0.02)
 
 
@@ -604,7 +605,7 @@ def test_bad_settings():
             prune.two_pass(model, **options)
     for fraction in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="fraction is"):
-            prune.uniform(model, fraction)
+            uniform(model, fraction)
         with pytest.raises(ValueError, match="fraction is"):
             prune.magnitude_(model, fraction)
     for share in (-0.1, 0.9999, math.nan):
@@ -658,7 +659,7 @@ def test_not_a_model_with_values(tmp_path):
     meta = Whisper(SMALL)
     for block in meta.encoder.blocks:
         block.to("meta")
-    calls = [prune.units, prune.two_pass, prune.expand, lambda m: prune.uniform(m, 0.5), lambda m: prune.mask_(m, plan),
+    calls = [prune.units, prune.two_pass, prune.expand, lambda m: uniform(m, 0.5), lambda m: prune.mask_(m, plan),
              lambda m: prune.remove_(m, plan), lambda m: prune.magnitude_(m, 0.5), lambda m: prune.save(m, tmp_path / "x")]
     for call in calls:
         with pytest.raises(ValueError, match="whisper.model.Whisper is needed, not a Linear"):
