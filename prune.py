@@ -35,19 +35,22 @@ query, key, value and mlp.0 read the residual stream and become a `SelectingLine
 import math
 import os
 import zipfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from pickle import UnpicklingError      # what torch.load(weights_only=True) raises; nothing here unpickles
 
 import torch
 from torch import Tensor, nn
-from whisper.model import Linear, ModelDimensions, MultiHeadAttention, Whisper
+from whisper.model import Linear, ModelDimensions, MultiHeadAttention, TextDecoder, Whisper
+from whisper.tokenizer import get_tokenizer
 
 Group = list[tuple[nn.Parameter, int]]     # index j along `axis` of every parameter belongs to group j
 PARTS = {"qk": [("query.weight", 0), ("query.bias", 0), ("key.weight", 0)],
          "vo": [("value.weight", 0), ("value.bias", 0), ("out.weight", 1)],
          "mlp": [("mlp.0.weight", 0), ("mlp.0.bias", 0), ("mlp.2.weight", 1)]}
+ROW_OF = "decoder.token_embedding.row_of"
 
 
 class SelectingLinear(Linear):
@@ -55,6 +58,31 @@ class SelectingLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.index_select(-1, self.index))
+
+
+class KeptEmbedding(nn.Embedding):
+    """An Embedding that has the rows of some ids only. row_of (n_vocab,), in the state dict: id -> row, -1 where
+    it is gone; ids (rows,): row -> id. ValueError for an id whose row is gone."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.row_of[ids]
+        if not rows.is_meta and (rows < 0).any():
+            raise ValueError(f"the rows of ids {ids[rows < 0].unique().tolist()} are gone; write the text (a prompt?) "
+                             "with ids that are kept, or keep these too in vocabulary_")
+        return super().forward(rows)
+
+
+class KeptDecoder(TextDecoder):
+    """Whisper's decoder on a KeptEmbedding: logits of all ids (B, T, n_vocab), -inf where the row is gone."""
+
+    def kept_logits(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
+        """The logits of the rows that are left, (B, T, rows): all that training needs."""
+        return super().forward(ids, audio, kv_cache)
+
+    def forward(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
+        kept, embedding = self.kept_logits(ids, audio, kv_cache), self.token_embedding
+        logits = kept.new_full((*kept.shape[:-1], len(embedding.row_of)), -math.inf)
+        return logits.index_copy_(-1, embedding.ids, kept)     # 5 times faster than a look-up with row_of
 
 
 @dataclass
@@ -232,6 +260,50 @@ def zeros(model: Whisper) -> list[tuple[nn.Parameter, Tensor]]:
     return [(linear.weight, linear.weight.detach() != 0) for _, linear in _modules(model, nn.Linear)]
 
 
+@torch.no_grad()
+def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
+    """Keep the embedding rows of `tokens` (ids), of the 256 single bytes, which can write any text, and of all special
+    tokens and timestamps; the others go. Returns the model. Ids stay those of the full vocabulary, dims too: the
+    decoder's logits are -inf where a row is gone, and decode, transcribe, detect_language run on (`KeptDecoder`).
+
+    Training needs no -inf: the cross-entropy of model.decoder.kept_logits(inputs, audio) with targets
+    model.decoder.token_embedding.row_of[ids] equals the full width's, as exp(-inf) = 0.
+
+    Raises ValueError if an id is no whole number, outside the vocabulary or gone already, and if there is none."""
+    _parameters(model)
+    old, V, tokens = model.decoder.token_embedding, model.dims.n_vocab, list(tokens)
+    row_of = getattr(old, "row_of", torch.arange(V)).cpu()
+    if not tokens:
+        raise ValueError("no tokens to keep; give the ids that the texts of your data are made of")
+    for t in tokens:
+        if not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t < V or row_of[t] < 0:
+            raise ValueError(f"token {t!r} is no id that this model has; give whole numbers from 0 to {V - 1} "
+                             "that no earlier vocabulary_ has removed")
+    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+    single = [tokenizer.encoding.encode_single_token(bytes([b])) for b in range(256)]
+    kept = torch.tensor(sorted({*map(int, tokens), *single, *range(tokenizer.eot, V)}))
+    weight = old.weight.detach()[row_of[kept].to(model.device)]
+    _keep_rows(model, nn.Parameter(weight, old.weight.requires_grad),
+               torch.full((V,), -1).index_copy_(0, kept, torch.arange(len(kept))))
+    return model
+
+
+def window_(model: Whisper, seconds: float) -> Whisper:
+    """Cut off the audio positions beyond `seconds`, of which there are 50 a second. Returns the model: its mels are
+    100 * seconds frames long, and whisper.decode takes them; model.transcribe does not, as it feeds 30 s.
+    Whisper reckons max_initial_timestamp in shares of the window: multiply it by 30 / seconds, or give None.
+
+    Raises ValueError if seconds is no number from 0.02 to the model's window."""
+    _parameters(model)
+    positions = model.encoder.positional_embedding
+    if not isinstance(seconds, Real) or isinstance(seconds, bool) or not 1 <= 50 * seconds <= len(positions):
+        raise ValueError(f"seconds is {seconds!r}; give a number from 0.02, one position, to "
+                         f"{len(positions) / 50:g}, this model's window")
+    model.encoder.positional_embedding = positions[:int(50 * seconds + 1e-6)].clone()
+    model.dims = replace(model.dims, n_audio_ctx=len(model.encoder.positional_embedding))
+    return model
+
+
 def save(model: Whisper, path: str | Path) -> None:
     """Write OpenAI's format plus head counts and alignment heads to a .pt. whisper.load_model reads it where
     shapes are stock; a pruned model needs `load`, or `expand` first. The file is written beside `path`, then
@@ -266,6 +338,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
             if f"{name}.index" in state:
                 linear.register_buffer("index", state[f"{name}.index"])
                 linear.__class__ = SelectingLinear
+        if ROW_OF in state:
+            weight = torch.empty(state["decoder.token_embedding.weight"].shape)
+            _keep_rows(model, nn.Parameter(weight), state[ROW_OF])
         model.load_state_dict(state)
         for name, attn in _modules(model, MultiHeadAttention):
             rows, attn.n_head = len(attn.query.weight), heads.get(name, attn.n_head)
@@ -280,7 +355,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
 
 @torch.no_grad()
 def expand(model: Whisper) -> Whisper:
-    """A copy in stock shapes filled up with zeros, the same function; saved, whisper.load_model reads it."""
+    """A copy in stock shapes filled up with zeros, the same function; saved, whisper.load_model reads it. Embedding rows
+    that `vocabulary_` removed come back as rows that never win (`_all_rows`, which says when there are none)."""
     _parameters(model)
     new = Whisper(model.dims).to(model.device).train(model.training)
     state = {name: t.clone() for name, t in model.state_dict().items() if not name.endswith(".index")}
@@ -297,9 +373,34 @@ def expand(model: Whisper) -> Whisper:
         for p in [f"{name}.{leaf}" for leaf, _ in linear.named_parameters()]:
             old, state[p] = state[p], state[p].new_zeros(new.get_parameter(p).shape)
             state[p][(rows[:, None], columns) if old.ndim == 2 else rows] = old
+    if state.pop(ROW_OF, None) is not None:
+        state["decoder.token_embedding.weight"] = _all_rows(model.decoder)
     new.load_state_dict(state, assign=True)
     _align(new, model.alignment_heads.indices().T.tolist())
     return new
+
+
+def _keep_rows(model: Whisper, weight: nn.Parameter, row_of: Tensor) -> None:
+    embedding = model.decoder.token_embedding
+    embedding.weight, embedding.num_embeddings = weight, len(weight)
+    embedding.register_buffer("row_of", row_of.to(model.device))
+    embedding.register_buffer("ids", (row_of >= 0).nonzero().flatten().to(model.device), persistent=False)
+    embedding.__class__, model.decoder.__class__ = KeptEmbedding, KeptDecoder
+
+
+def _all_rows(decoder: KeptDecoder) -> Tensor:
+    """The embedding with n_vocab rows; those that are gone have one logit whatever is said, 100 below any other's.
+
+    The last LayerNorm gives w n + b, where the sum of n is 0 and its norm at most sqrt(d). So the logit of the row
+    a / w is a sum(b / w), and that of a row E is at least -(sqrt(d) |E w| + |E b|). Raises ValueError if that sum is
+    too close to 0 to divide by, as in a model that was never trained."""
+    embedding, w, b = decoder.token_embedding, decoder.ln.weight.double(), decoder.ln.bias.double()
+    old = embedding.weight.double()
+    share, lowest = (b / w).sum(), -(len(w) ** 0.5 * (old * w).norm(dim=1) + (old @ b).abs()).max()
+    if not len(w) + (b / w).abs().sum() < 1000 * share.abs():
+        raise ValueError("this model's last LayerNorm allows no row that never wins; expand it before vocabulary_")
+    row = (lowest - 100) / share / w
+    return torch.where((embedding.row_of < 0)[:, None], row, old[embedding.row_of]).to(embedding.weight.dtype)
 
 
 def _members(name: str) -> list[tuple[str, int]]:
