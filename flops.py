@@ -1,9 +1,9 @@
 """FLOPs, parameters and memory of an openai-whisper model, dense or pruned, read from its module shapes.
 
 A FLOP is one multiply or one add, so a multiply-add is 2 and a (rows, columns) matrix applied at n
-positions costs 2 * rows * columns * n. Every count is for one 30-second window, and nothing is run.
-S audio positions (1500), M mels, d width, V vocabulary, T text positions; per block, a and c are the
-rows of the self- and cross-attention matrices and f those of the feed-forward. The terms:
+positions costs 2 * rows * columns * n. Every count is for one window, and nothing is run.
+S audio positions (1500 in 30 seconds), M mels, d width, V rows of the embedding, T text positions; per block,
+a and c are the rows of the self- and cross-attention matrices and f those of the feed-forward. The terms:
 
     conv1, conv2   (d, 3M) at 2S positions, (d, 3d) at S positions                12 S M d + 6 S d^2
     attention      query (a, d) and out (d, a) at every query position            4 n_query d a
@@ -54,7 +54,7 @@ from whisper.model import MultiHeadAttention, ResidualAttentionBlock, Whisper
 
 
 def encoder(model: Whisper) -> int:
-    """FLOPs of one encoder pass over one 30-second window. ValueError if model is not a Whisper."""
+    """FLOPs of one encoder pass over one window. ValueError if model is not a Whisper."""
     S, net = _audio_positions(model), model.encoder
     convolutions = 2 * 2 * S * net.conv1.weight.numel() + 2 * S * net.conv2.weight.numel()
     return convolutions + sum(_attention(b.attn, S, S, S * S) + _feed_forward(b, S) for b in net.blocks)
@@ -186,7 +186,7 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
     features = b * S * len(model.encoder.conv2.weight)
     text = b * sum(_key_value_width(block.attn) for block in blocks)
     cache = n_tokens * text + b * S * sum(_key_value_width(block.cross_attn) for block in blocks)
-    logits = len(model.decoder.token_embedding.weight) * (b if b == 4 else b + 4)      # they end in float32
+    logits = _logits_bytes(model, b)
     step = max(n_prompt * logits - (n_tokens - n_prompt) * text,        # the prompt: before the cache has grown
                logits,                                                  # the last step
                *(b * n_tokens * len(block.attn.value.weight) for block in blocks))     # torch.cat: old and new
@@ -203,12 +203,13 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
 
 def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_value: int = 4,
                     checkpointing: bool = False) -> int:
-    """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), and what
-    the forward pass keeps for the backward pass at bytes_per_value (2 under autocast, whose weight copies are counted).
+    """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), and
+    what the forward pass keeps for the backward pass at bytes_per_value (2: autocast, its weight copies counted).
 
-    Of a block with n positions, n (4 d + 2 query/key + 2 value + 2 f) values: input and result of both LayerNorms, query,
-    key, value, their mixture (attention fused), the hidden layer before and after GELU; cross-attention likewise.
-    checkpointing keeps every block's input, and one block at a time in full. ValueError as for memory.
+    Of a block with n positions, n (4 d + 2 query/key + 2 value + 2 f) values: input and result of both LayerNorms,
+    query, key, value, their mixture (attention fused), the hidden layer before and after GELU; cross-attention
+    likewise. checkpointing keeps every block's input, and one block at a time in full. Logits are those of the rows
+    there are (`kept_logits` after prune.vocabulary_). ValueError as for memory.
     """
     _check_tokens(model, n_tokens)
     _check_bytes(bytes_per_value)
@@ -216,7 +217,8 @@ def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_val
     S, T, d = _audio_positions(model), n_tokens, len(model.encoder.conv2.weight)
 
     def kept(block: ResidualAttentionBlock, n: int) -> int:
-        total = n * (4 * d + 2 * (len(block.mlp[0].weight) + len(block.attn.query.weight) + len(block.attn.value.weight)))
+        f, q, v = (len(layer.weight) for layer in (block.mlp[0], block.attn.query, block.attn.value))
+        total = n * (4 * d + 2 * (f + q + v))
         if block.cross_attn is not None:
             q, v = len(block.cross_attn.query.weight), len(block.cross_attn.value.weight)
             total += n * (2 * d + q + v) + S * (q + v)
@@ -228,9 +230,16 @@ def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_val
         values = sum(entry for _, entry in sizes) + max(full for full, _ in sizes)
     values += 2 * S * model.encoder.conv1.weight.shape[1] + 5 * S * d       # mel, convolutions
     values += 2 * S * d + 2 * T * d                                         # the last LayerNorms
-    weights = sum(p.numel() for p in model.parameters())
-    logits = T * len(model.decoder.token_embedding.weight) * 4                                      # their log-softmax
-    return weights * (16 + (bytes_per_value if bytes_per_value < 4 else 0)) + batch * (values * bytes_per_value + logits)
+    weights = 16 + (bytes_per_value if bytes_per_value < 4 else 0)
+    logits = T * len(model.decoder.token_embedding.weight) * 4              # their log-softmax
+    return weights * sum(p.numel() for p in model.parameters()) + batch * (values * bytes_per_value + logits)
+
+
+def _logits_bytes(model: Whisper, b: int) -> int:
+    """Bytes live at the worst moment of one position's logits: the product in b bytes and, if b != 4, in float32;
+    where prune.vocabulary_ has cut rows (`row_of`), both that and the full width in float32."""
+    rows, row_of = len(model.decoder.token_embedding.weight), getattr(model.decoder.token_embedding, "row_of", None)
+    return max(rows * (b if b == 4 else b + 4), 4 * (rows + len(row_of)) if row_of is not None else 0)
 
 
 def _block_peak(block: ResidualAttentionBlock, S: int, b: int, path: str) -> int:
@@ -387,8 +396,8 @@ def table(models: dict[str, Whisper], n_prompt: int = 4, n_new: int = 24) -> str
 def bench(dense: Whisper, pruned: Whisper, batches: tuple[int, ...] = (1, 8)) -> Iterator[str]:
     """Measured beside predicted cost of two models on one device, line by line, in 80 columns; MB is 10^6 bytes.
 
-    A peak of a few MB is at the resolution of what a process can measure; nan where it cannot be measured (`measure`)."""
-    yield f"Measured on {dense.device}, threads: {torch.get_num_threads()}; in brackets what FLOPs and formulas predict"
+    A peak of a few MB is at the resolution of what a process can measure; nan where it cannot be (`measure`)."""
+    yield f"Measured on {dense.device}, {torch.get_num_threads()} threads; in brackets what FLOPs and formulas predict"
     yield "batch part     dense ms pruned ms   speed-up       dense MB       pruned MB"
     for batch in batches:
         mel = torch.randn(batch, dense.dims.n_mels, 2 * _audio_positions(dense), device=dense.device)
@@ -399,7 +408,8 @@ def bench(dense: Whisper, pruned: Whisper, batches: tuple[int, ...] = (1, 8)) ->
             mb = [math.nan if row[f"{part}_peak"] is None else row[f"{part}_peak"] / 1e6 for row in measured]
             parts = ["encoder_fused"] if part == "encoder" else ["kv_cache", "decoder_fused"]
             said = [sum(row[name] for name in parts) / 1e6 for row in predicted]
-            yield (f"{batch:5} {part:<8}{ms[0]:9.1f}{ms[1]:10.1f}{ms[0] / ms[1]:6.2f} ({work(dense) / work(pruned):4.2f})"
+            faster = f"{ms[0] / ms[1]:6.2f} ({work(dense) / work(pruned):4.2f})"
+            yield (f"{batch:5} {part:<8}{ms[0]:9.1f}{ms[1]:10.1f}{faster}"
                    f"{mb[0]:8.1f} ({said[0]:6.1f}){mb[1]:8.1f} ({said[1]:6.1f})")
 
 

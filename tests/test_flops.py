@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from whisper.model import Linear, ModelDimensions, MultiHeadAttention, Whisper
 
 import flops
+import prune
 
 
 def dims(d, heads, encoder_layers, decoder_layers, n_mels=80, n_vocab=51865):
@@ -190,6 +191,36 @@ def test_uneven_memory_by_hand():
     assert size["encoder_unfused"] == 4 * (1500 * (2 * 384 + 2 * 320 + 3 * 256) + 2 * 5 * 1500**2)
     assert size["kv_cache"] == 4 * (448 * (3 * 128 + 320) + 1500 * (3 * 128 + 576))
     assert size["decoder_fused"] == 4 * 448 * 192 and size["decoder_unfused"] == 4 * 1500 * 256
+
+
+def cut(model: Whisper, rows: int) -> Whisper:
+    """Its vocabulary cut to so many rows; those that prune.vocabulary_ keeps by itself, 256 + 1608 of multilingual, count."""
+    own = set(range(256)) | set(range(50257, model.dims.n_vocab))
+    ids = (i for i in range(model.dims.n_vocab) if i not in own)
+    return prune.vocabulary_(model, [0, *(next(ids) for _ in range(rows - len(own)))])
+
+
+def test_cut_vocabulary_by_hand():
+    """Tiny with 2,000 rows of 51,865: 384 parameters and 2 * 384 FLOPs a position less for each row that is gone. Logits: 2,000
+    in float32 and their spread over 51,865; in training, whose loss takes the rows left, 2,000."""
+    torch.manual_seed(0)
+    whole = Whisper(DIMS["tiny"])
+    less = [flops.decoder(whole, 27), flops.greedy(whole, 4, 24), flops.training(whole, 27), flops.parameters(whole)["embedding"],
+            flops.training_memory(whole, 27, 2)]
+    model, gone = cut(whole, 2000), 49_865
+    assert less[0] - flops.decoder(model, 27) == less[1] - flops.greedy(model, 4, 24) == 2 * 27 * 384 * gone
+    assert less[2] - flops.training(model, 27) == 3 * 2 * 27 * 384 * gone
+    assert less[3] - flops.parameters(model)["embedding"] == 384 * gone
+    assert less[4] - flops.training_memory(model, 27, 2) == 16 * 384 * gone + 2 * 27 * gone * 4
+    assert [flops.memory(model, 27, b)["decoder_fused"] for b in (4, 2)] == [4 * (2000 + 51865)] * 2
+    assert flops.memory(model, 27, 4)["weights"] == 4 * (37_184_640 - 384 * gone)
+
+
+def test_window_by_hand():
+    """A toy with 2 of 3 audio positions: every S of the formulas is 2."""
+    model = prune.window_(Whisper(TOY), 0.04)
+    assert flops.encoder(model) == 12*2*2*4 + 6*2*16 + 8*2*16 + 4*4*4 + 4*2*64
+    assert flops.decoder(model, 2) == 8*2*16 + 4*4*4 + 4*2*16 + 4*2*16 + 4*2*2*4 + 4*2*64 + 2*2*20
 
 
 def test_half_precision_norm_by_hand():
@@ -376,6 +407,19 @@ def test_equal_to_torch_when_ragged(name, seed):
     assert counted(lambda: model(windows(model), tokens(model, 27)).sum().backward()) == flops.training(model, 27)
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_cut_vocabulary_and_window_equal_to_torch(pruned):
+    """Whole blocks and ragged ones: 2,345 rows, 8 seconds, training on the logits of the rows that are left."""
+    model = prune.window_(cut(Whisper(DIMS["tiny"]), 2345), 8)
+    model = (ragged(model, 8) if pruned else model).to("meta")
+    with torch.no_grad():
+        assert counted(lambda: model.encoder(windows(model))) == flops.encoder(model)
+        assert counted(lambda: model.decoder(tokens(model, 27), features(model))) == flops.decoder(model, 27)
+        assert counted(lambda: decode(model, 4, 3)) == flops.greedy(model, 4, 3)
+    step = lambda: model.decoder.kept_logits(tokens(model, 27), model.encoder(windows(model))).sum().backward()
+    assert counted(step) == flops.training(model, 27)
+
+
 def test_long_greedy_equal_to_torch():
     """A prompt of 4 and 12 new tokens, or of one and 8, or no step at all: dense and ragged."""
     for model, n_prompt, n_new in ((on_meta(DIMS["tiny"]), 4, 12), (ragged(on_meta(DIMS["tiny"]), 5), 1, 8),
@@ -494,6 +538,17 @@ def test_peak_activations_of_a_pruned_model():
     """A ragged tiny (query/key and value widths equal, as fused kernels want), two windows at once."""
     torch.manual_seed(0)
     within_5_percent(ragged(Whisper(DIMS["tiny"]), 7, equal_widths=True), batch=2)
+
+
+@linux_only
+def test_peak_activations_of_a_cut_vocabulary():
+    """Tiny with 20,000 rows, in a window of one second, after a prompt of 100: logits lead the decoder's peak."""
+    torch.manual_seed(0)
+    model = prune.window_(cut(Whisper(DIMS["tiny"]), 20_000), 1)
+    audio, size = torch.randn(1, 50, 384), flops.memory(model, 104, 4, n_prompt=100)
+    with torch.inference_mode():
+        measured = flops._peak(partial(flops._decode, model, audio, 100, 5), audio.device)
+    assert measured == pytest.approx(size["kv_cache"] + size["decoder_fused"], rel=0.05)
 
 
 @pytest.mark.parametrize("width, bytes_per_value, batch", [(None, 4, 1), (48, 4, 2), (None, 2, 1)])
