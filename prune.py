@@ -20,26 +20,24 @@ Its mean and std are taken afresh: the spike near zero that pass 1 removed had p
 by n, not n - 1. Source: TSPAR, arXiv 2510.12666, published without code: two passes and thresholds from mean
 and std are the paper's; (1), (2), the pooling and the floor are our reading.
 
-The plan is evened before anything is cut, so that dense kernels stay fast (on a CPU, PyTorch fuses attention
-only where query/key and value are equally wide): the heads of one attention keep one width, the same for
-query/key and value; a head's strongest doomed dimensions stay until it matches. All widths round up to a
-multiple of 8. A head without value dimensions adds nothing and goes whole; one without query/key dimensions
-averages its values, which is not nothing, so it keeps its strongest. One head and one group always stay.
-`mask_` writes zeros and defines what a plan means; `remove_` is the same function in smaller shapes. Whisper
-divides scores by sqrt(head width): from 64 to 40, query is scaled by sqrt(40/64).
+The plan is evened before anything is cut, so that dense kernels stay fast (on a CPU, PyTorch fuses attention only
+where query/key and value are equally wide): the heads of one attention keep one width, the same for query/key and
+value, all widths a multiple of 8; a head's strongest doomed dimensions stay until it matches. A head without value
+dimensions adds nothing and goes whole; one without query/key dimensions averages its values, which is not nothing,
+so it keeps its strongest. One head and one group always stay. `mask_` writes zeros and defines what a plan means;
+`remove_` is the same function in smaller shapes. Whisper divides scores by sqrt(head width): from 64 to 40, query
+is scaled by sqrt(40/64). Outside the blocks, `vocabulary_` and `window_` cut to a language and a length of clip.
 
-A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes
-its producer along and is listed as X.vo or X.mlp (query/key keep their width then, so only whole heads go).
-query, key, value and mlp.0 read the residual stream and become a `SelectingLinear`.
+A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes its
+producer along and is listed as X.vo or X.mlp (query/key keep their width then, so only whole heads go). query, key,
+value and mlp.0 read the residual stream and become a `SelectingLinear`.
 """
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from pickle import UnpicklingError      # what torch.load(weights_only=True) raises; nothing here unpickles
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +48,12 @@ Group = list[tuple[nn.Parameter, int]]     # index j along `axis` of every param
 PARTS = {"qk": [("query.weight", 0), ("query.bias", 0), ("key.weight", 0)],
          "vo": [("value.weight", 0), ("value.bias", 0), ("out.weight", 1)],
          "mlp": [("mlp.0.weight", 0), ("mlp.0.bias", 0), ("mlp.2.weight", 1)]}
-ROW_OF = "decoder.token_embedding.row_of"
+UNITS = {"encoder": ["attn.qk", "attn.vo", "mlp"],
+         "decoder": ["attn.qk", "attn.vo", "cross_attn.qk", "cross_attn.vo", "mlp"]}
+ROWS = "decoder.token_embedding.weight"
+REPAIRS = {"_orig": "call torch.nn.utils.prune.remove on it first",          # by a part of the parameter's name
+           "parametrizations": "call torch.nn.utils.parametrize.remove_parametrizations on it first",
+           "": "untie what is shared, load float weights where it was quantized, merge what wraps it"}
 
 
 class SelectingLinear(Linear):
@@ -61,28 +64,27 @@ class SelectingLinear(Linear):
 
 
 class KeptEmbedding(nn.Embedding):
-    """An Embedding that has the rows of some ids only. row_of (n_vocab,), in the state dict: id -> row, -1 where
-    it is gone; ids (rows,): row -> id. ValueError for an id whose row is gone."""
+    """The rows of some ids. Buffers: row_of (n_vocab,), id -> row, -1 where it is gone; ids (rows,), row -> id."""
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.row_of[ids]
         if not rows.is_meta and (rows < 0).any():
-            raise ValueError(f"the rows of ids {ids[rows < 0].unique().tolist()} are gone; write the text (a prompt?) "
-                             "with ids that are kept, or keep these too in vocabulary_")
+            raise ValueError(f"ids {ids[rows < 0].unique().tolist()} have no row; keep them in vocabulary_, or "
+                             "give a prompt without them")
         return super().forward(rows)
 
 
 class KeptDecoder(TextDecoder):
-    """Whisper's decoder on a KeptEmbedding: logits of all ids (B, T, n_vocab), -inf where the row is gone."""
+    """Whisper's decoder with a KeptEmbedding: logits of all ids, (B, T, n_vocab), -inf where the row is gone."""
 
     def kept_logits(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
-        """The logits of the rows that are left, (B, T, rows): all that training needs."""
+        """Logits of the rows that are left, (B, T, rows): what training needs."""
         return super().forward(ids, audio, kv_cache)
 
     def forward(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
-        kept, embedding = self.kept_logits(ids, audio, kv_cache), self.token_embedding
-        logits = kept.new_full((*kept.shape[:-1], len(embedding.row_of)), -math.inf)
-        return logits.index_copy_(-1, embedding.ids, kept)     # 5 times faster than a look-up with row_of
+        kept = self.kept_logits(ids, audio, kv_cache)
+        logits = kept.new_full((*kept.shape[:2], len(self.token_embedding.row_of)), -math.inf)
+        return logits.index_copy_(-1, self.token_embedding.ids, kept)     # 5 times faster than a look-up in row_of
 
 
 @dataclass
@@ -117,7 +119,8 @@ class Plan:
         for side in dict.fromkeys(map(side_of, self.norms)):
             norms, cut = self.pooled(side)
             counts, edges = (x.tolist() for x in torch.histogram(norms, bins))
-            lines.append(f"{side}: norms of {len(norms):,} groups, {int((norms < cut).sum()):,} below the cut at {cut:.4f}")
+            below = int((norms < cut).sum())
+            lines.append(f"{side}: norms of {len(norms):,} groups, {below:,} below the cut at {cut:.4f}")
             for count, low, high in zip(counts, edges, edges[1:]):
                 bar, mark = "#" * math.ceil(width * count / max(counts)), "  <- cut" if low <= cut < high else ""
                 lines.append(f"  from {low:6.4f} {int(count):>6,} {bar:<{width}}{mark}".rstrip())
@@ -139,11 +142,8 @@ class Plan:
 
 def units(model: Whisper) -> dict[str, Group]:
     """The coupled groups: encoder.blocks.0.attn.qk, .attn.vo, .mlp, ..., decoder.blocks.0.cross_attn.qk"""
-    params, names = _parameters(model), []
-    for name, module in model.named_modules():
-        names += [f"{name}.qk", f"{name}.vo"] * isinstance(module, MultiHeadAttention)
-        names += [name] * name.endswith(".mlp")
-    return {name: [(params[p], axis) for p, axis in _members(name)] for name in names}
+    params = _parameters(model)
+    return {name: [(params[p], axis) for p, axis in _members(name)] for name in _unit_names(model)}
 
 
 def side_of(name: str) -> str:
@@ -179,9 +179,8 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, high: float = 10.0) -> Plan:
     """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high.
 
-    target(0.5, lambda z1: two_pass(model, z1=z1)) fixes the size, which two_pass leaves to the weights. Sizes
-    go in steps: the nearest plan met is returned, its removed() says which it is. Raises ValueError if the
-    share is not between what low and high remove."""
+    target(0.5, lambda z1: two_pass(model, z1=z1)) fixes the size, which two_pass leaves to the weights. Sizes go in
+    steps: this is the nearest plan met. Raises ValueError if the share is not between what low and high remove."""
     plans, reached = [plan_at(low), plan_at(high)], lambda plan: plan.removed()[0] / plan.removed()[1]
     least, most = map(reached, plans)
     if not least <= share <= most:
@@ -238,18 +237,15 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
 
 @torch.no_grad()
 def magnitude_(model: Whisper, fraction: float) -> float:
-    """Baseline, a round of Iterative Magnitude Pruning: zero the smallest |w| over all Linear weights of the
-    blocks until `fraction` of them is zero, old zeros included. Returns the threshold: |w| <= it is zero."""
+    """Baseline, a round of Iterative Magnitude Pruning: zero the smallest |w| over all Linear weights of the blocks
+    until `fraction` of them is zero, old zeros included. Returns the threshold: |w| <= it is zero."""
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; give a number from 0 up to, but not including, 1")
-    _parameters(model)
-    weights = [linear.weight for _, linear in _modules(model, nn.Linear)]
+    weights = [weight for weight, _ in zeros(model)]
     flat = torch.cat([w.float().abs().flatten().cpu() for w in weights]).numpy()
     last = round(fraction * len(flat)) - 1
-    if last < 0:
-        return 0.0
     flat.partition(last)                   # numpy's, in place: torch.kthvalue would hold three more copies
-    cut = flat[last].item()
+    cut = flat[last].item() if last >= 0 else 0.0
     for w in weights:
         w.mul_(w.float().abs() > cut)
     return cut
@@ -257,57 +253,50 @@ def magnitude_(model: Whisper, fraction: float) -> float:
 
 def zeros(model: Whisper) -> list[tuple[nn.Parameter, Tensor]]:
     """(weight, True where not zero) of the blocks; weight.data.mul_(keep) after a step keeps zeros zero."""
+    _parameters(model)
     return [(linear.weight, linear.weight.detach() != 0) for _, linear in _modules(model, nn.Linear)]
 
 
 @torch.no_grad()
 def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
     """Keep the embedding rows of `tokens` (ids), of the 256 single bytes, which can write any text, and of all special
-    tokens and timestamps; the others go. Returns the model. Ids stay those of the full vocabulary, dims too: the
-    decoder's logits are -inf where a row is gone, and decode, transcribe, detect_language run on (`KeptDecoder`).
+    tokens and timestamps. Returns the model. Ids stay those of the full vocabulary and dims too; as logits are -inf
+    where a row is gone (`KeptDecoder`), Whisper runs on as it does with suppress_tokens.
 
     Training needs no -inf: the cross-entropy of model.decoder.kept_logits(inputs, audio) with targets
-    model.decoder.token_embedding.row_of[ids] equals the full width's, as exp(-inf) = 0.
-
-    Raises ValueError if an id is no whole number, outside the vocabulary or gone already, and if there is none."""
-    _parameters(model)
-    old, V, tokens = model.decoder.token_embedding, model.dims.n_vocab, list(tokens)
+    model.decoder.token_embedding.row_of[ids] is that of the full width, as exp(-inf) = 0. Raises ValueError if there
+    are no tokens, or one is no whole number, outside the vocabulary or gone already."""
+    params, old, V, tokens = _parameters(model), model.decoder.token_embedding, model.dims.n_vocab, [*tokens]
     row_of = getattr(old, "row_of", torch.arange(V)).cpu()
-    if not tokens:
-        raise ValueError("no tokens to keep; give the ids that the texts of your data are made of")
-    for t in tokens:
-        if not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t < V or row_of[t] < 0:
-            raise ValueError(f"token {t!r} is no id that this model has; give whole numbers from 0 to {V - 1} "
-                             "that no earlier vocabulary_ has removed")
+    wrong = [t for t in tokens if type(t) is bool or not isinstance(t, Integral) or not 0 <= t < V or row_of[t] < 0]
+    if wrong or not tokens:
+        raise ValueError(f"tokens to keep are {wrong[:3] or 'none'}; give those of your texts, as whole numbers "
+                         f"from 0 to {V - 1} that no earlier vocabulary_ has removed")
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
     single = [tokenizer.encoding.encode_single_token(bytes([b])) for b in range(256)]
     kept = torch.tensor(sorted({*map(int, tokens), *single, *range(tokenizer.eot, V)}))
-    weight = old.weight.detach()[row_of[kept].to(model.device)]
-    _keep_rows(model, nn.Parameter(weight, old.weight.requires_grad),
-               torch.full((V,), -1).index_copy_(0, kept, torch.arange(len(kept))))
+    weight = params[ROWS].detach()[row_of[kept].to(model.device)]
+    _keep_rows(model, kept, nn.Parameter(weight, params[ROWS].requires_grad))
     return model
 
 
 def window_(model: Whisper, seconds: float) -> Whisper:
-    """Cut off the audio positions beyond `seconds`, of which there are 50 a second. Returns the model: its mels are
-    100 * seconds frames long, and whisper.decode takes them; model.transcribe does not, as it feeds 30 s.
-    Whisper reckons max_initial_timestamp in shares of the window: multiply it by 30 / seconds, or give None.
-
-    Raises ValueError if seconds is no number from 0.02 to the model's window."""
+    """Cut off the audio positions beyond `seconds`, 50 a second. Returns the model, whose mels are 100 * seconds frames
+    long: for whisper.decode; model.transcribe feeds 30 s and stops. Whisper takes max_initial_timestamp as a share of
+    the window: give 30 / seconds times as much, or None. Raises ValueError if seconds is not from 0.02 to the window."""
     _parameters(model)
-    positions = model.encoder.positional_embedding
-    if not isinstance(seconds, Real) or isinstance(seconds, bool) or not 1 <= 50 * seconds <= len(positions):
-        raise ValueError(f"seconds is {seconds!r}; give a number from 0.02, one position, to "
-                         f"{len(positions) / 50:g}, this model's window")
-    model.encoder.positional_embedding = positions[:int(50 * seconds + 1e-6)].clone()
+    old = model.encoder.positional_embedding
+    if type(seconds) is bool or not isinstance(seconds, Real) or not 1 <= 50 * seconds <= len(old):
+        raise ValueError(f"seconds is {seconds!r}; give a number from 0.02, one position, to {len(old) / 50:g}, all")
+    model.encoder.positional_embedding = old[:int(50 * seconds + 1e-6)].clone()
     model.dims = replace(model.dims, n_audio_ctx=len(model.encoder.positional_embedding))
     return model
 
 
 def save(model: Whisper, path: str | Path) -> None:
-    """Write OpenAI's format plus head counts and alignment heads to a .pt. whisper.load_model reads it where
-    shapes are stock; a pruned model needs `load`, or `expand` first. The file is written beside `path`, then
-    renamed: whatever fails, what was at `path` stays whole."""
+    """Write OpenAI's format plus head counts and alignment heads to a .pt. whisper.load_model reads it where shapes are
+    stock; a pruned model needs `load`, or `expand` first. Written beside `path`, then renamed: what was there stays
+    whole, whatever fails."""
     _parameters(model)
     checkpoint = {"dims": asdict(model.dims), "model_state_dict": model.state_dict(),
                   "heads": {name: attn.n_head for name, attn in _modules(model, MultiHeadAttention)},
@@ -322,32 +311,38 @@ def save(model: Whisper, path: str | Path) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
-    """The model in a file of `save` or of OpenAI; no code in the file is run. Weights become float32 whatever
-    the file holds, as with whisper.load_model. Raises ValueError if the file is no such checkpoint."""
+    """The model in a file of `save` or of OpenAI, in torch's old format too; no code in the file is run. Weights become
+    float32, as with whisper.load_model; what a wrapper put before all names (module., _orig_mod.) is dropped. Raises
+    ValueError if the file is no such checkpoint."""
     try:
-        os.stat(path)                      # FileNotFoundError, where is_zipfile would only say no
-        if not zipfile.is_zipfile(path):
-            raise ValueError("no archive as torch.save writes it")
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-        state, heads = checkpoint["model_state_dict"], checkpoint.get("heads", {})
-        model = Whisper(ModelDimensions(**checkpoint["dims"]))
+        model, heads = Whisper(ModelDimensions(**checkpoint["dims"])), checkpoint.get("heads", {})
+        state = checkpoint["model_state_dict"]
+        prefix = next((name.removesuffix(ROWS) for name in state if name.endswith(ROWS)), "")
+        state = {name.removeprefix(prefix): t for name, t in state.items()}
         for name, linear in _modules(model, nn.Linear):
-            for leaf, _ in list(linear.named_parameters()):
-                setattr(linear, leaf, nn.Parameter(torch.empty(state[f"{name}.{leaf}"].shape)))
+            for leaf, p in list(linear.named_parameters()):
+                setattr(linear, leaf, nn.Parameter(torch.empty(state.get(f"{name}.{leaf}", p).shape)))
             linear.out_features, linear.in_features = linear.weight.shape
             if f"{name}.index" in state:
                 linear.register_buffer("index", state[f"{name}.index"])
                 linear.__class__ = SelectingLinear
-        if ROW_OF in state:
-            weight = torch.empty(state["decoder.token_embedding.weight"].shape)
-            _keep_rows(model, nn.Parameter(weight), state[ROW_OF])
+        if "decoder.token_embedding.ids" in state:
+            _keep_rows(model, state["decoder.token_embedding.ids"], nn.Parameter(torch.empty(state[ROWS].shape)))
+        own = model.state_dict()
+        wrong = [name for name in own | state if name not in state or name not in own
+                 or own[name].shape != state[name].shape]
+        if wrong:
+            raise ValueError(f"{len(wrong)} names are missing, unknown or of another shape: {', '.join(wrong[:3])}")
         model.load_state_dict(state)
         for name, attn in _modules(model, MultiHeadAttention):
             rows, attn.n_head = len(attn.query.weight), heads.get(name, attn.n_head)
             if rows % attn.n_head or name not in heads and rows != attn.out.out_features:
                 raise ValueError(f"no head count that fits {name}")
         _align(model, checkpoint.get("alignment_heads") or model.alignment_heads.indices().T.tolist())
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, UnpicklingError) as e:
+    except OSError:
+        raise                              # there is no such file, or it cannot be read
+    except Exception as e:                 # any other: alien bytes can make torch.load raise anything
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
                          f"write it with prune.save ({type(e).__name__}: {e})") from e
     return model.to(device)
@@ -356,10 +351,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
 @torch.no_grad()
 def expand(model: Whisper) -> Whisper:
     """A copy in stock shapes filled up with zeros, the same function; saved, whisper.load_model reads it. Embedding rows
-    that `vocabulary_` removed come back as rows that never win (`_all_rows`, which says when there are none)."""
+    that `vocabulary_` removed come back as rows that never win; ValueError where `_all_rows` finds none."""
     _parameters(model)
     new = Whisper(model.dims).to(model.device).train(model.training)
-    state = {name: t.clone() for name, t in model.state_dict().items() if not name.endswith(".index")}
+    state = {name: t.clone() for name, t in model.state_dict().items() if name in new.state_dict()}
+    state[ROWS] = _all_rows(model.decoder) if isinstance(model.decoder, KeptDecoder) else state[ROWS]
     slots = {}                             # attention name -> where its rows go
     for name, attn in _modules(model, MultiHeadAttention):
         full, width = _width(new.get_submodule(name)), _width(attn)
@@ -373,34 +369,36 @@ def expand(model: Whisper) -> Whisper:
         for p in [f"{name}.{leaf}" for leaf, _ in linear.named_parameters()]:
             old, state[p] = state[p], state[p].new_zeros(new.get_parameter(p).shape)
             state[p][(rows[:, None], columns) if old.ndim == 2 else rows] = old
-    if state.pop(ROW_OF, None) is not None:
-        state["decoder.token_embedding.weight"] = _all_rows(model.decoder)
     new.load_state_dict(state, assign=True)
     _align(new, model.alignment_heads.indices().T.tolist())
     return new
 
 
-def _keep_rows(model: Whisper, weight: nn.Parameter, row_of: Tensor) -> None:
-    embedding = model.decoder.token_embedding
+def _keep_rows(model: Whisper, ids: Tensor, weight: nn.Parameter) -> None:
+    """Make `weight` the embedding of `ids`, row by row."""
+    embedding, row_of = model.decoder.token_embedding, torch.full((model.dims.n_vocab,), -1)
     embedding.weight, embedding.num_embeddings = weight, len(weight)
-    embedding.register_buffer("row_of", row_of.to(model.device))
-    embedding.register_buffer("ids", (row_of >= 0).nonzero().flatten().to(model.device), persistent=False)
+    embedding.register_buffer("ids", ids.to(model.device))
+    embedding.register_buffer("row_of", row_of.index_copy_(0, ids, torch.arange(len(weight))).to(model.device))
     embedding.__class__, model.decoder.__class__ = KeptEmbedding, KeptDecoder
 
 
 def _all_rows(decoder: KeptDecoder) -> Tensor:
-    """The embedding with n_vocab rows; those that are gone have one logit whatever is said, 100 below any other's.
+    """The embedding with n_vocab rows; those that are gone share one logit, 100 below any other's, whatever is said.
 
-    The last LayerNorm gives w n + b, where the sum of n is 0 and its norm at most sqrt(d). So the logit of the row
-    a / w is a sum(b / w), and that of a row E is at least -(sqrt(d) |E w| + |E b|). Raises ValueError if that sum is
-    too close to 0 to divide by, as in a model that was never trained."""
+    LayerNorm gives w n + b, with sum(n) = 0 and ||n|| <= sqrt(d). So the row a / w has the logit a sum(b / w), and a row
+    E one of at least -(sqrt(d) ||E w|| + |E b|). ValueError if that sum is nearly 0, as in a Whisper never trained."""
     embedding, w, b = decoder.token_embedding, decoder.ln.weight.double(), decoder.ln.bias.double()
-    old = embedding.weight.double()
-    share, lowest = (b / w).sum(), -(len(w) ** 0.5 * (old * w).norm(dim=1) + (old @ b).abs()).max()
+    E, share = embedding.weight.double(), (b / w).sum()
     if not len(w) + (b / w).abs().sum() < 1000 * share.abs():
-        raise ValueError("this model's last LayerNorm allows no row that never wins; expand it before vocabulary_")
-    row = (lowest - 100) / share / w
-    return torch.where((embedding.row_of < 0)[:, None], row, old[embedding.row_of]).to(embedding.weight.dtype)
+        raise ValueError("decoder.ln allows no embedding row that never wins; expand the model before vocabulary_")
+    lowest = -(len(w) ** 0.5 * (E * w).norm(dim=1) + (E @ b).abs()).max() - 100
+    return torch.where(embedding.row_of[:, None] < 0, lowest / share / w, E[embedding.row_of]).to(embedding.weight)
+
+
+def _unit_names(model: Whisper) -> list[str]:
+    return [f"{side}.blocks.{i}.{unit}" for side in UNITS for i in range(len(getattr(model, side).blocks))
+            for unit in UNITS[side]]
 
 
 def _members(name: str) -> list[tuple[str, int]]:
@@ -423,15 +421,20 @@ def _shapes(model: Whisper) -> dict[str, list[int]]:
 
 
 def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, after a check that it is a Whisper, has values, and is the plan's."""
+    """The model's parameters by name, after a check that it is a Whisper, has values, and is the plan's. Blocks have to
+    hold Whisper's own parameters: elsewhere the wrong tensor would be cut, and nobody be told."""
     if not isinstance(model, Whisper):
         raise ValueError(f"a whisper.model.Whisper is needed, not a {type(model).__name__}; unwrap it")
     params, here = dict(model.named_parameters()), _shapes(model)
     for name, p in params.items():
         if p.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values; load weights first")
+    for name in [*params, *(p for unit in _unit_names(model) for p, _ in _members(unit))]:
+        if ".blocks." in name and not (name in params and name.endswith((".weight", ".bias"))):
+            repair = next(repair for sign, repair in REPAIRS.items() if sign in name)
+            raise ValueError(f"{name} is not there as a parameter of Whisper's own; {repair}")
     for name in {} if plan is None else here | plan.shapes:
-        if here.get(name) != plan.shapes.get(name):
+        if here.get(name) != plan.shapes.get(name) and name != ROWS:
             raise ValueError(f"the plan is for another model: {name} is {plan.shapes.get(name)} in the plan, "
                              f"{here.get(name)} here; make a new plan with two_pass")
     return params
