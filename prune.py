@@ -51,9 +51,10 @@ PARTS = {"qk": [("query.weight", 0), ("query.bias", 0), ("key.weight", 0)],
 UNITS = {"encoder": ["attn.qk", "attn.vo", "mlp"],
          "decoder": ["attn.qk", "attn.vo", "cross_attn.qk", "cross_attn.vo", "mlp"]}
 ROWS = "decoder.token_embedding.weight"
-REPAIRS = {"_orig": "call torch.nn.utils.prune.remove on it first",          # by a part of the parameter's name
-           "parametrizations": "call torch.nn.utils.parametrize.remove_parametrizations on it first",
-           "": "untie what is shared, load float weights where it was quantized, merge what wraps it"}
+REPAIRS = {"_orig": "call torch.nn.utils.prune.remove first",       # what to do by a part of the parameter's name
+           "parametrizations": "call torch.nn.utils.parametrize.remove_parametrizations first",
+           "weight_g": "call torch.nn.utils.remove_weight_norm first",
+           "": "untie weights that are shared, load float weights, merge what wraps the layer"}
 
 
 class SelectingLinear(Linear):
@@ -344,7 +345,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
         raise                              # there is no such file, or it cannot be read
     except Exception as e:                 # any other: alien bytes can make torch.load raise anything
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
-                         f"write it with prune.save ({type(e).__name__}: {e})") from e
+                         f"write it with prune.save ({type(e).__name__}: {str(e).partition('. ')[0]})") from e
     return model.to(device)
 
 
@@ -430,9 +431,10 @@ def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parame
         if p.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values; load weights first")
     for name in [*params, *(p for unit in _unit_names(model) for p, _ in _members(unit))]:
-        if ".blocks." in name and not (name in params and name.endswith((".weight", ".bias"))):
+        own = name in params and name.endswith((".weight", ".bias")) and params[name].is_floating_point()
+        if ".blocks." in name and not own:
             repair = next(repair for sign, repair in REPAIRS.items() if sign in name)
-            raise ValueError(f"{name} is not there as a parameter of Whisper's own; {repair}")
+            raise ValueError(f"{name} is not there as a float parameter, or not Whisper's own; {repair}")
     for name in {} if plan is None else here | plan.shapes:
         if here.get(name) != plan.shapes.get(name) and name != ROWS:
             raise ValueError(f"the plan is for another model: {name} is {plan.shapes.get(name)} in the plan, "

@@ -452,6 +452,234 @@ def test_transcribe_with_word_timestamps(monkeypatch):
     assert words[0] == words[1] and len({start for _, start, _ in words[0]}) > 1
 
 
+# ------------------------------------------------------------------ fewer ids, shorter windows
+
+OWN = {*range(256), *range(50257, 51865)}               # single bytes, specials, timestamps of the multilingual vocabulary
+
+
+def transcripts(model: Whisper, **options) -> list[tuple]:
+    """Tokens and mean log-probability of one clip: greedy, with timestamps and without, and by beam; the language found."""
+    mel = inputs(model)[0][:1]
+    results = [whisper.decode(model, mel, whisper.DecodingOptions(language="hi", fp16=False, sample_len=20, **options, **more))[0]
+               for more in (dict(), dict(without_timestamps=True), dict(beam_size=5))]
+    return [(r.tokens, r.avg_logprob, r.no_speech_prob) for r in results] + [whisper.detect_language(model, mel)[1]]
+
+
+@pytest.fixture(scope="module")
+def cut() -> tuple[Whisper, Whisper, list[int]]:
+    """A model, the same with the rows of what it transcribes, and these ids."""
+    model = make(SPEECH, 3)
+    ids = sorted({t for tokens, *_ in transcripts(model)[:3] for t in tokens if t < 50257})
+    return model, prune.vocabulary_(copy.deepcopy(model), ids), ids
+
+
+def test_vocabulary_by_hand():
+    """A model with 300 ids, the bytes 0 to 255 among them: 270 and 260 stay besides, in rows 256 and 257, in the order of ids."""
+    model = make()
+    small = prune.vocabulary_(copy.deepcopy(model), [270, 260, 270, 7])
+    old, new = model.decoder.token_embedding, small.decoder.token_embedding
+    assert new.weight.shape == (258, 64) and new.num_embeddings == 258 and small.dims == model.dims
+    assert new.ids.tolist() == [*range(256), 260, 270] and new.row_of[[3, 259, 260, 270]].tolist() == [3, -1, 256, 257]
+    assert torch.equal(new.weight, old.weight[[*range(256), 260, 270]])
+    assert torch.equal(new(torch.tensor([[270, 9]])), old(torch.tensor([[270, 9]])))
+
+
+def test_vocabulary_keeps_what_whisper_needs(cut):
+    """Multilingual: 256 bytes and 1,608 specials and timestamps, asked for or not; English only: one special fewer."""
+    model, small, ids = cut
+    assert {*small.decoder.token_embedding.ids.tolist()} == OWN | {*ids} and len(OWN) == 1864
+    for n_vocab, specials in ((51864, 51864 - 50256), (51866, 51866 - 50257)):
+        english = prune.vocabulary_(make(replace(SMALL, n_vocab=n_vocab)), [220])
+        assert len(english.decoder.token_embedding.weight) == 256 + specials
+    encoding = whisper.tokenizer.get_tokenizer(True).encoding
+    assert all(encoding.encode_single_token(bytes([b])) in OWN for b in range(256))
+
+
+def test_logits_of_a_cut_vocabulary(cut):
+    """Those of the ids that stay are the same, the others -inf; kept_logits has the former only, in the order of `ids`."""
+    model, small, _ = cut
+    mel, tokens = inputs(model)
+    rows = small.decoder.token_embedding
+    tokens = rows.ids[tokens % len(rows.ids)]
+    with torch.no_grad():
+        expected, found = model(mel, tokens), small(mel, tokens)
+        kept = small.decoder.kept_logits(tokens, small.encoder(mel))
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert difference(found[..., rows.ids], expected[..., rows.ids]) < 1e-5
+    assert (found[..., rows.row_of < 0] == -math.inf).all() and found.isinf().sum() == 2 * 9 * (51865 - len(rows.ids))
+    assert torch.equal(kept, found[..., rows.ids])
+
+
+def test_training_on_kept_logits(cut):
+    """The loss over the rows that are left, and every gradient, equal those of the full width with -inf."""
+    small = copy.deepcopy(cut[1])
+    mel, _ = inputs(small)
+    tokens = torch.tensor([[50258, *cut[2][:5], 65], [50258, 66, *cut[2][-5:]]])
+    losses, grads, row_of = [], [], small.decoder.token_embedding.row_of
+    for full in (True, False):
+        small.zero_grad()
+        audio = small.encoder(mel)
+        out = small.decoder(tokens[:, :-1], audio) if full else small.decoder.kept_logits(tokens[:, :-1], audio)
+        loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), (tokens if full else row_of[tokens])[:, 1:].flatten())
+        loss.backward()
+        losses.append(loss.item())
+        grads.append([p.grad.clone() for p in small.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_transcripts_of_a_cut_vocabulary(cut):
+    """Greedy: the tokens of the whole model. Beam too: the whole model's with suppress_tokens=gone (what is gone is no rival any
+    more, so a beam may find better). All to the same log-probability, and the languages found are equally likely."""
+    model, small, _ = cut
+    gone = (small.decoder.token_embedding.row_of < 0).nonzero().flatten().tolist()
+    whole, found, suppressed = transcripts(model), transcripts(small), transcripts(model, suppress_tokens=[-1, *gone])
+    assert [tokens for tokens, *_ in whole[:2]] == [tokens for tokens, *_ in found[:2]]
+    for a, b in zip(found[:3], suppressed[:3]):
+        assert a[0] == b[0] and len({*a[0]}) > 2 and a[1] == pytest.approx(b[1], abs=1e-4) and not math.isnan(a[1])
+    assert found[3] == [pytest.approx(probabilities, abs=1e-6) for probabilities in whole[3]]
+
+
+def test_a_prompt_whose_row_is_gone(cut):
+    """An id without a row cannot be read: ValueError, which names it."""
+    gone = (cut[1].decoder.token_embedding.row_of < 0).nonzero()[0].item()
+    with pytest.raises(ValueError, match=rf"ids \[{gone}\] have no row"):
+        whisper.decode(cut[1], inputs(cut[1])[0], whisper.DecodingOptions(language="hi", prompt=[gone, 65], fp16=False))
+
+
+def test_a_cut_model_is_a_model(cut, tmp_path):
+    """Copied, saved and loaded, given another's weights, in half and double precision: the same logits, the same transcripts."""
+    model, small, ids = cut
+    prune.save(small, tmp_path / "cut.pt")
+    assert (tmp_path / "cut.pt").stat().st_size < 0.2 * sum(4 * p.numel() for p in model.parameters())
+    other = prune.vocabulary_(make(SPEECH, 9), [300 + i for i in range(len(set(ids) - OWN))])
+    other.load_state_dict(small.state_dict())
+    mel, expected = inputs(small)[0], transcripts(small)
+    for again in (prune.load(tmp_path / "cut.pt"), copy.deepcopy(small), other):
+        assert transcripts(again) == expected
+    tokens = torch.tensor([[50258, *ids[:4]]] * 2)
+    with torch.no_grad():
+        reference = small.decoder.kept_logits(tokens, small.encoder(mel))
+        for cast, close in ((torch.float16, 0.02), (torch.float64, 1e-5)):
+            found = copy.deepcopy(small).to(cast).apply(lambda m: m.float() if isinstance(m, torch.nn.LayerNorm) else m)
+            found = found(mel.to(cast), tokens)
+            assert difference(found[..., small.decoder.token_embedding.ids].to(reference), reference) < close
+            assert found.isinf().sum() == 2 * 5 * (51865 - reference.shape[-1]) and not found.isnan().any()
+
+
+def test_expanded_vocabulary(cut, tmp_path):
+    """whisper.load_model reads the expanded file; rows that are gone have one logit, 100 below all others, in half precision too:
+    the same tokens, by beam too, as likely as before."""
+    model, small, ids = cut
+    prune.save(prune.expand(small), tmp_path / "stock.pt")
+    stock = whisper.load_model(str(tmp_path / "stock.pt"), "cpu")
+    assert {k: v.shape for k, v in stock.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    for a, b in zip(transcripts(stock)[:3], transcripts(small)[:3]):
+        assert a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-5)
+    gone = small.decoder.token_embedding.row_of < 0
+    x = stock.decoder.ln(10 * torch.randn(50, 64)).detach()
+    for cast, spread in ((torch.float32, 0.01), (torch.float16, 2)):
+        out = x.to(cast) @ stock.decoder.token_embedding.weight.to(cast).T
+        assert out[:, gone].max() - out[:, gone].min() < spread and out[:, gone].max() < out[:, ~gone].min() - 90
+
+
+def test_untrained_norm_has_no_losing_row():
+    """A bias of 0 in the last LayerNorm, as before training, leaves every row some chance: expand refuses."""
+    model = prune.vocabulary_(make(), [260])
+    torch.nn.init.zeros_(model.decoder.ln.bias)
+    with pytest.raises(ValueError, match="expand the model before vocabulary_"):
+        prune.expand(model)
+
+
+def test_vocabulary_and_removal_in_either_order(cut):
+    """Cut, then planned and removed, or the reverse, or planned before and removed after: one function; and all else takes it."""
+    model, small, ids = cut
+    model = weaken(copy.deepcopy(model), 0.5)
+    plan = prune.two_pass(model)
+    first = prune.vocabulary_(prune.remove_(copy.deepcopy(model), plan), ids)
+    last = prune.remove_(prune.vocabulary_(copy.deepcopy(model), ids), plan)
+    fresh = prune.vocabulary_(copy.deepcopy(model), ids)
+    assert str(prune.two_pass(fresh)) == str(plan) and prune.magnitude_(copy.deepcopy(fresh), 0.5) == prune.magnitude_(copy.deepcopy(model), 0.5)
+    masked = prune.vocabulary_(prune.mask_(copy.deepcopy(model), plan), ids)
+    mel, tokens = inputs(model)[0], torch.tensor([[50258, *ids[:4]]] * 2)
+    with torch.no_grad():
+        a, b, c, d = (m(mel, tokens)[..., first.decoder.token_embedding.ids] for m in (first, last, masked, prune.expand(last)))
+    assert torch.equal(a, b) and difference(a, c) < 1e-5 and difference(a, d) < 1e-5
+    assert prune.zeros(first)[0][0] is first.encoder.blocks[0].attn.query.weight
+
+
+def test_vocabulary_twice():
+    """A smaller set is cut once more; an id that is gone cannot come back."""
+    model = make()
+    small = prune.vocabulary_(prune.vocabulary_(copy.deepcopy(model), [260, 270, 280]), [280])
+    assert small.decoder.token_embedding.ids.tolist() == [*range(256), 280]
+    assert torch.equal(small.decoder.token_embedding.weight, model.decoder.token_embedding.weight[small.decoder.token_embedding.ids])
+    with pytest.raises(ValueError, match=r"tokens to keep are \[270\]"):
+        prune.vocabulary_(small, [280, 270])
+
+
+def test_transcribe_with_a_cut_vocabulary(monkeypatch):
+    """model.transcribe(word_timestamps=True): the words and times of the whole model, from the ids that it decodes (some of which
+    whisper decodes, drops and decodes again in the next window)."""
+    for name in ("dtw_cpu", "backtrace"):
+        monkeypatch.setattr(whisper.timing, name, getattr(whisper.timing, name).py_func)
+    model = make(replace(SPEECH, n_audio_ctx=1500, n_audio_state=32, n_text_state=32, n_text_head=4), 5)
+    audio = np.random.default_rng(0).standard_normal(16000 * 3).astype(np.float32)
+    settings = dict(word_timestamps=True, temperature=0.0, fp16=False, sample_len=24, no_speech_threshold=None, logprob_threshold=None,
+                    compression_ratio_threshold=None)
+    small, decoded = copy.deepcopy(model), []
+    model.decode = lambda mel, options: (decoded.append(whisper.decode(model, mel, options)), decoded[-1])[1]
+    expected = model.transcribe(audio, **settings)
+    prune.vocabulary_(small, {t for result in decoded for t in result.tokens})
+    found = small.transcribe(audio, **settings)
+    assert found["text"] == expected["text"] and found["language"] == expected["language"]
+    times = [[(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]] for result in (expected, found)]
+    assert times[0] == times[1] and len({start for _, start, _ in times[0]}) > 1
+
+
+def test_window_by_hand(tmp_path):
+    """0.5 s of a model of one second are 25 positions and a mel of 50 frames; dims are its own; a file and stock whisper agree."""
+    model = make(SPEECH, 3)
+    short = prune.window_(copy.deepcopy(model), 0.5)
+    assert short.dims == replace(SPEECH, n_audio_ctx=25) and model.dims == SPEECH
+    assert torch.equal(short.encoder.positional_embedding, model.encoder.positional_embedding[:25])
+    shared = Whisper(SPEECH)
+    prune.window_(shared, 0.5)
+    assert SPEECH.n_audio_ctx == 50
+    for path, m in ((tmp_path / "short.pt", short), (tmp_path / "stock.pt", prune.expand(short))):
+        prune.save(m, path)
+        assert torch.equal(logits(prune.load(path)), logits(short))
+        assert torch.equal(logits(whisper.load_model(str(path), "cpu")), logits(short))
+    prune.vocabulary_(short, [300]), prune.remove_(short, prune.two_pass(weaken(short, 0.5)))
+    assert transcripts(short)[0][0] and short.encoder(torch.zeros(1, 80, 50)).shape == (1, 25, 64)
+
+
+def test_window_of_what_is_heard():
+    """Each position is the one it was: an encoder without attention, cut to 0.4 s, gives the first 20 of 50 positions, but for the
+    last, whose convolution looks one frame ahead. 0.419 s are no more than 20 positions, 0.58 s 29, whatever 50 * 0.58 is."""
+    model = make(SPEECH, 3)
+    for block in model.encoder.blocks:
+        torch.nn.init.zeros_(block.attn.out.weight)
+    mel = torch.randn(1, 80, 100)
+    with torch.no_grad():
+        whole, short = model.encoder(mel), prune.window_(copy.deepcopy(model), 0.4).encoder(mel[..., :40])
+    assert torch.allclose(short[:, :19], whole[:, :19], atol=1e-5)
+    for seconds, positions in ((0.419, 20), (0.58, 29), (1, 50), (0.02, 1), (np.float32(0.4), 20)):
+        assert prune.window_(copy.deepcopy(model), seconds).dims.n_audio_ctx == positions
+
+
+def test_word_times_in_a_window(monkeypatch):
+    """find_alignment on a window of 2 of 3 seconds: times are those of positions, 50 a second, none past what was said."""
+    for name in ("dtw_cpu", "backtrace"):
+        monkeypatch.setattr(whisper.timing, name, getattr(whisper.timing, name).py_func)
+    model = prune.window_(make(replace(SPEECH, n_audio_ctx=150), 5), 2)
+    seen = []
+    monkeypatch.setattr(whisper.timing, "dtw", lambda matrix: (seen.append(matrix.shape), (np.arange(matrix.shape[0]), 10 * np.arange(matrix.shape[0])))[1])
+    tokenizer = whisper.tokenizer.get_tokenizer(True, language="en")
+    words = whisper.timing.find_alignment(model, tokenizer, tokenizer.encode(" one two three"), torch.randn(80, 200), 200)
+    assert [(w.start, w.end) for w in words[:3]] == [(0.0, 0.2), (0.2, 0.4), (0.4, 0.6)] and seen[0][1] == 100
+
+
 # ------------------------------------------------------------------ baselines
 
 def test_magnitude_by_hand_and_by_torch():
@@ -711,6 +939,113 @@ def test_checkpoints_that_are_none(tmp_path):
         prune.load(tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError):
         prune.save(model, tmp_path / "no folder" / "x.pt")
+
+
+def test_bad_vocabularies_and_windows():
+    """One sentence each with what came; the model stays as it was."""
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for tokens in ([300], [-1], [1.0], ["a"], "text", [True], [None], [math.nan], torch.ones(2)):
+        with pytest.raises(ValueError, match="tokens to keep are .* whole numbers from 0 to 299"):
+            prune.vocabulary_(model, tokens)
+    with pytest.raises(ValueError, match="tokens to keep are none"):
+        prune.vocabulary_(model, [])
+    for seconds in (0.81, 30, 0, -1, 0.01, math.nan, math.inf, -math.inf, "1", None, True, [1]):
+        with pytest.raises(ValueError, match=r"seconds is .*; give a number from 0.02, one position, to 0.8"):
+            prune.window_(model, seconds)
+    assert before.keys() == model.state_dict().keys() and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert type(model.decoder) is whisper.model.TextDecoder and model.dims == SMALL
+
+
+def wrapped(layer: torch.nn.Module, **more) -> torch.nn.Module:
+    """What an adapter puts around a layer."""
+    module = torch.nn.Module()
+    module.base, module.lora = layer, torch.nn.Linear(2, 2)
+    return module
+
+
+HIDDEN = {
+    "prune.remove": lambda b: torch_prune.l1_unstructured(b.attn.query, "weight", 0.5),
+    "prune.remove first": lambda b: torch_prune.random_unstructured(b.mlp_ln, "bias", 0.5),
+    "remove_parametrizations": lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp[2]),
+    "parametrize.remove_parametrizations first": lambda b: torch.nn.utils.parametrizations.orthogonal(b.cross_attn.out),
+    "remove_weight_norm": lambda b: torch.nn.utils.weight_norm(b.mlp[0]),
+    "untie": lambda b: setattr(b.cross_attn.query, "weight", b.attn.query.weight),
+    "untie weights": lambda b: setattr(b, "cross_attn", b.attn),
+    "load float": lambda b: setattr(b.attn, "key", torch.ao.nn.quantized.dynamic.Linear(64, 64)),
+    "load float weights": lambda b: setattr(b.mlp[0], "weight", torch.nn.Parameter(torch.zeros(256, 64, dtype=torch.int8), False)),
+    "merge what wraps": lambda b: setattr(b.attn, "value", wrapped(b.attn.value)),
+    "merge what wraps the layer": lambda b: b.mlp[0].register_parameter("lora_A", torch.nn.Parameter(torch.zeros(2, 64)))}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("remedy", HIDDEN)
+def test_weights_that_something_hides(remedy, tmp_path):
+    """Masks not yet removed, parametrizations, shared and quantized weights, adapters: the remedy is named, nothing is cut."""
+    model = make()
+    plan = prune.two_pass(model)
+    HIDDEN[remedy](model.decoder.blocks[1])
+    for call in (prune.units, prune.two_pass, prune.expand, prune.zeros, lambda m: prune.mask_(m, plan), lambda m: prune.remove_(m, plan),
+                 lambda m: prune.magnitude_(m, 0.5), lambda m: prune.vocabulary_(m, [1]), lambda m: prune.save(m, tmp_path / "x")):
+        with pytest.raises(ValueError, match=rf"^decoder.blocks.1\..*{remedy}"):
+            call(model)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_remedies_work():
+    """After prune.remove and remove_parametrizations the model is pruned as any other."""
+    model = make()
+    linear = model.encoder.blocks[0].mlp[0]
+    torch_prune.l1_unstructured(linear, "weight", 0.5), torch_prune.remove(linear, "weight")
+    torch.nn.utils.parametrizations.orthogonal(linear), torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    masked, removed = both(model, prune.two_pass(model, z1=0.2))
+    assert difference(logits(removed), logits(masked)) < 1e-5
+
+
+def test_wrapped_models():
+    """DataParallel, as DistributedDataParallel, and torch.compile: unwrap it."""
+    for model in (torch.nn.DataParallel(make()), torch.compile(make())):
+        with pytest.raises(ValueError, match="a whisper.model.Whisper is needed, not a .*unwrap it"):
+            prune.vocabulary_(model, [1])
+
+
+def test_old_files_and_prefixes(tmp_path):
+    """torch's format before 1.6, and names behind what wrappers put before them: the same model, code still not run."""
+    model = weaken(make(), 0.5)
+    prune.remove_(model, prune.two_pass(model, columns(model)))
+    prune.save(model, tmp_path / "new.pt")
+    new, path = torch.load(tmp_path / "new.pt", weights_only=True), tmp_path / "old.pt"
+    for prefix in ("", "module.", "model.", "_orig_mod.", "_orig_mod.module."):
+        state = {prefix + name: t for name, t in new["model_state_dict"].items()}
+        torch.save({**new, "model_state_dict": state}, path, _use_new_zipfile_serialization=prefix == "module.")
+        assert torch.equal(logits(prune.load(path)), logits(model))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for length in (0, 10, 1000, *rng.integers(0, len(whole) - 1, 20)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="^.*old.pt is no Whisper checkpoint .*prune.save") as e:
+            prune.load(path)
+        assert len(str(e.value)) < len(str(path)) + 300 and "\n" not in str(e.value)
+    torch.save({**new, "trap": Trap(tmp_path / "sprung")}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="old.pt"):
+        prune.load(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_names_that_do_not_fit(tmp_path):
+    """Half of the names behind a prefix, masks, another's names, other shapes: how many, and the first three, in one line."""
+    model, path = make(), tmp_path / "odd.pt"
+    prune.save(model, path)
+    good = torch.load(path, weights_only=True)
+    state = good["model_state_dict"]
+    for odd, says in (({("module." if "encoder" in k else "") + k: v for k, v in state.items()}, "encoder.positional_embedding"),
+                      ({k.replace("mlp.0.weight", "mlp.0.weight_orig"): v for k, v in state.items()}, "blocks.0.mlp.0.weight"),
+                      ({f"model.{k}".replace("blocks", "layers"): v for k, v in state.items()}, "encoder.blocks.0.attn.query.weight"),
+                      ({**state, "encoder.conv1.weight": torch.zeros(2, 2)}, r"\(ValueError: 1 names .*encoder.conv1.weight\)"),
+                      ({**state, "extra.one": torch.zeros(1), "extra.two": torch.zeros(1)}, r"2 names .*extra.one, extra.two")):
+        torch.save({**good, "model_state_dict": odd}, path)
+        with pytest.raises(ValueError, match=says) as e:
+            prune.load(path)
+        assert len(str(e.value)) < len(str(path)) + 350 and "\n" not in str(e.value)
 
 
 # ------------------------------------------------------------------ copied alone
