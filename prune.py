@@ -13,9 +13,19 @@ mlp.2), a value dimension of a head (row of value, its bias, column of out), a q
     pass 1   group j goes    where  n_j < max(floor * mean(n), mean(n) + z1 * std(n))                (1)
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
-(1) pools n over one side, encoder or decoder: taken per matrix, the same z1 cuts healthy groups out of
-matrices that have no weak ones (nano's dev clips, z1 = 0, before recovery: 18.3% WER with 58% of the block
-parameters gone; pooled 12.7% with 56% gone). (2) goes one matrix at a time; biases stay.
+That is the paper's wording. In a Whisper that OpenAI trained a small norm is no small loss, so n_j may be the
+cost of the group itself. To second order, setting the weights of g_j to zero raises the loss L by
+
+    L(0) - L(w)  =  -sum_i w_i dL/dw_i  +  1/2 sum_ik w_i w_k H_ik  ~  1/2 sum_i w_i^2 h_i                  (3)
+
+as the gradient vanishes at a minimum, with the diagonal of the Hessian for the whole (Optimal Brain Damage:
+LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is the mean squared gradient, and Adam has
+it: its second moment, bias-corrected. Given as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i): twice (3)
+under the root, in units of the loss, so not divided by a size, and the same for a rescaled group (value by a,
+out by 1/a) that computes the same.
+
+(1) pools norms over one side, encoder or decoder, and curvature over the model, as it compares all kinds of
+groups in nats. (2) goes one matrix at a time by |w|; biases stay.
 Its mean and std are taken afresh: the spike near zero that pass 1 removed had pulled both down. std divides
 by n, not n - 1. Source: TSPAR, arXiv 2510.12666, published without code: two passes and thresholds from mean
 and std are the paper's; (1), (2), the pooling and the floor are our reading.
@@ -148,25 +158,36 @@ def units(model: Whisper) -> dict[str, Group]:
 
 
 def side_of(name: str) -> str:
-    """"encoder" or "decoder": what pass 1 pools over."""
+    """"encoder" or "decoder": what pass 1 pools norms over."""
     return name.partition(".")[0]
 
 
+def whole(name: str) -> str:
+    """One label for all groups: what pass 1 pools curvature over."""
+    return "model"
+
+
 def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float = -0.25, z2: float | None = -1.0,
-             floor: float = 0.05, multiple: int = 8, pool: Callable[[str], str] = side_of) -> Plan:
+             floor: float = 0.05, multiple: int = 8, curvature: dict[str, Tensor] | None = None,
+             pool: Callable[[str], str] | None = None) -> Plan:
     """Decide by (1) and (2) what goes; the model is only read.
 
     groups    name -> [(parameter, axis)]: units(model) if None, else any of these and any columns
     z1, z2    standard deviations from the mean; z2=None leaves pass 2 out
     floor     share of the mean norm below which a group goes whatever z1 says, >= 0
     multiple  widths are rounded up to it; 1 only evens the heads
-    pool      group names for which it says the same share mean, std and threshold; pool=str: each its own
+    curvature parameter name -> mean squared gradient, of the parameter's shape, any float dtype: (3) for n_j;
+              None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
+    pool      group names for which it says the same share mean, std and threshold; pool=str: each its own.
+              None: `side_of` for norms, `whole` for curvature
 
-    Raises ValueError on a block weight or a setting that is not finite, and on a group of another model."""
+    Raises ValueError on a block weight or a setting that is not finite, on a group of another model, and on
+    curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
     for key, value in {"z1": z1, "z2": 0.0 if z2 is None else z2, "floor": floor}.items():
         if not math.isfinite(value) or (key == "floor" and value < 0):
             raise ValueError(f"{key} is {value}; give a finite number, and floor at least 0")
-    norms, cuts = _norms(model, units(model) if groups is None else groups), {}
+    norms, cuts = _norms(model, units(model) if groups is None else groups, curvature), {}
+    pool = pool or (side_of if curvature is None else whole)
     for label in dict.fromkeys(map(pool, norms)):
         inside = [name for name in norms if pool(name) == label]
         pooled = torch.cat([norms[name] for name in inside])
@@ -234,6 +255,49 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
             attn.query.bias.mul_((_width(attn) / width) ** 0.5)
     _align(model, [(layer, new) for (layer, _), new in alignment.items()])
     return model
+
+
+@torch.no_grad()
+def second_moments(model: Whisper, forward: Callable[[], None]) -> dict[str, Tensor]:
+    """Sum of x x^T over every position that forward() runs the model on, x = (input, 1) of each out and mlp.2:
+    (n + 1, n + 1) float32, whose last entry counts the positions. Some 10,000 positions of text do for base."""
+    sums, hooks = {}, []
+    for name, linear in _modules(model, nn.Linear):
+        if name.endswith((".out", ".mlp.2")):
+            def listen(_, inputs, name=name) -> None:
+                x = nn.functional.pad(inputs[0].float().flatten(0, -2), (0, 1), value=1)
+                with torch.autocast(x.device.type, enabled=False):         # bf16 sums are not positive definite
+                    sums[name] = sums.get(name, 0) + x.T @ x
+            hooks.append(linear.register_forward_pre_hook(listen))
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+@torch.no_grad()
+def refit_(model: Whisper, plan: Plan, moments: dict[str, Tensor], ridge: float = 0.1) -> None:
+    """Before mask_ or remove_: solve out and mlp.2 anew on the inputs S that stay, by least squares with a ridge
+    towards the weights that they have,
+
+        W', b' = argmin sum |W x + b - W'x_S - b'|^2 + r |(W', b') - (W_S, b)|^2,   r = ridge * mean sum x_i^2   (4)
+
+    moments are those of this model (`second_moments`). What stays so does what has gone did, as far as the two go
+    together. Widths that do not fit the plan raise ValueError."""
+    _parameters(model, plan)
+    for name, total in moments.items():
+        linear, stem = model.get_submodule(name), name.rpartition(".")[0]
+        keep = plan.keep.get(stem if name.endswith("mlp.2") else f"{stem}.vo")
+        if keep is None or keep.all():
+            continue
+        stay = torch.cat([keep, torch.ones(1, dtype=torch.bool)]).nonzero().flatten().to(total.device)      # and the bias
+        W, M = torch.cat([linear.weight, linear.bias[:, None]], 1).double(), total.double()
+        r = ridge * M.diagonal().mean()
+        left, right = M[stay][:, stay] + r * torch.eye(len(stay), device=M.device), W @ M[:, stay] + r * W[:, stay]
+        solved = torch.linalg.solve(left, right.T).T.to(linear.weight.dtype)
+        linear.weight[:, stay[:-1]], linear.bias[:] = solved[:, :-1], solved[:, -1]
 
 
 @torch.no_grad()
@@ -442,7 +506,7 @@ def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parame
     return params
 
 
-def _norms(model: Whisper, groups: dict[str, Group]) -> dict[str, Tensor]:
+def _norms(model: Whisper, groups: dict[str, Group], curvature: dict | None = None) -> dict[str, Tensor]:
     """n_j of every group, under the name of what goes with it (`_members`)."""
     params, own = _parameters(model), units(model)
     for name, p in params.items():
@@ -456,9 +520,26 @@ def _norms(model: Whisper, groups: dict[str, Group]) -> dict[str, Tensor]:
         if name is None or name in norms:
             raise ValueError(f"group {given} is neither in units(model) nor the columns of a block's Linear, "
                              "or it comes twice; build groups from this model, and again after remove_")
-        squares = sum(p.detach().float().square().reshape(len(p), -1).sum(1 - axis) for p, axis in group)
-        norms[name] = (squares / sum(p.numel() // p.shape[axis] for p, axis in group)).sqrt().cpu().double()
+        total = torch.zeros((), dtype=torch.float64)
+        for p, axis in group:
+            cost = p.detach().float().square()
+            cost *= 1 if curvature is None else _curvature(curvature, names[p], p)
+            total = total + cost.reshape(len(p), -1).sum(1 - axis, dtype=torch.float64).cpu()
+        size = sum(p.numel() // p.shape[axis] for p, axis in group) if curvature is None else 1
+        norms[name] = (total / size).sqrt()
     return norms
+
+
+def _curvature(curvature: dict[str, Tensor], name: str, p: nn.Parameter) -> Tensor:
+    """h_i of one parameter, checked."""
+    h = curvature.get(name)
+    if h is None or h.shape != p.shape:
+        raise ValueError(f"curvature has {name} {'missing' if h is None else f'of shape {list(h.shape)}'}, needed is "
+                         f"{list(p.shape)}; give every parameter's mean squared gradient, from before remove_")
+    h = h.detach().to(p.device, torch.float32)
+    if not (h.isfinite() & (h >= 0)).all():
+        raise ValueError(f"curvature of {name} is negative or not finite; give a mean of squared gradients")
+    return h
 
 
 def _even(model: Whisper, norms: dict, cuts: dict, multiple: int) -> dict[str, Tensor]:

@@ -1,22 +1,23 @@
 """TSPAR from end to end: fine-tune Whisper with a Sparse Group LASSO, prune it in two passes, measure what is left.
 
     python run.py                                       # embedded Hindi corpus and nano checkpoint: minutes, 2 cores
-    python run.py --model small --data cv11_hi          # the paper's experiment: Common Voice 11.0 Hindi, wants a GPU
+    python run.py --model small --data cv11_hi          # the paper's experiment: Common Voice 11.0 Hindi
+    python run.py --model base.pt --data FOLDER --language en --window 10       # your own Whisper, your own speech
     torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
-    python run.py --model runs/nano-mini_hi/tspar.pt --transcribe a.wav b.mp3       # or --evaluate, or --bench
+    python run.py --model runs/nano-mini_hi/tspar.pt --transcribe a.wav b.mp3   # or --evaluate
 
 Four models come out, measured on the same clips by the same code:
 
     original   the checkpoint as it came
     dense      fine-tuned without penalty: --steps, then --recovery-steps
-    tspar      fine-tuned with the penalty for --steps, pruned, then --recovery-steps on the smaller model
+    tspar      fine-tuned for --steps, pruned in two passes, then --recovery-steps on the smaller model
     imp        dense after --steps, then Iterative Magnitude Pruning (Han et al. 2015) to as many nonzero weights as
                tspar has, in --rounds of prune and retrain that share the --recovery-steps
 
 All take the same number of steps, with the same clips in the same order at the same learning rates. The file reads from
 the top: `run` is the method, then come fine-tuning and measuring; what follows them (data, saved states, the command
-line) can wait. --out receives report.json, log.txt and the checkpoints dense.pt, tspar.pt,
-imp.pt; prune.load reads them all, whisper.load_model all but tspar.pt (prune.expand makes that one stock again).
+line) can wait. --out receives report.json, log.txt and the checkpoints dense.pt, tspar.pt, imp.pt, which prune.load
+reads (prune.expand gives tspar.pt stock shapes again).
 
 Order, augmentation and learning rate follow from the seed and the step number alone. So the same command with
 --resume goes on from the last saved step to the same result, and N processes with b clips each take the step that
@@ -32,7 +33,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -54,8 +54,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import whisper
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE
@@ -72,11 +70,18 @@ ROOT = Path(__file__).resolve().parent
 EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
 RANK, WORLD = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))       # torchrun sets them
 
-# By width of the model: learning rate, steps of each phase, clips a step. nano's were chosen on its dev clips. The others'
-# rates are 1/40 of the highest in pre-training (Radford et al. 2022, appendix F), the usual advice for fine-tuning Whisper;
-# steps and clips are what fine-tuning on Common Voice commonly takes. None of these has been run here.
-RECIPES = {128: (3e-3, 600, 8), 384: (3.75e-5, 2000, 16), 512: (2.5e-5, 2000, 16), 768: (1.25e-5, 2000, 16),
-           1024: (6.25e-6, 2000, 16), 1280: (4.375e-6, 2000, 16)}
+# By width of the model. nano's and base's rows were chosen on dev clips (README, "Chosen on dev"). The other rows are
+# scaled from base's: the rate by the ratio of the highest rates in pre-training (Radford et al. 2022, appendix F),
+# steps and clips as fine-tuning on Common Voice commonly takes them; none of these has been run.
+OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
+          "target": 0.35}
+RECIPES = {128: {"lr": 1e-3, "steps": 600, "batch": 8, "importance": "norm", "penalty": "loss", "vocabulary": "data",
+                 "target": 0.5, "workers": 0, "precision": "fp32"},
+           384: {"lr": 3.75e-5}, 512: {"lr": 2.5e-5, "steps": 250, "batch": 8}, 768: {"lr": 1.25e-5},
+           1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
+
+
+ROUNDS, CALIBRATION = (0.4, 0.7, 0.84, 0.92, 0.96, 1.0), 160      # of the share to remove; clips that refit_ looks at
 
 
 class Stop(Exception):
@@ -100,111 +105,121 @@ def flag(default, text: str, *choices: str, kind: type | None = None):
 
 @dataclass(frozen=True)
 class Settings:
-    """One flag each; the text says what moving it does."""
+    """One flag each; the text says what moving it does. None: RECIPES has the value for the model's size."""
     model: str = flag("nano", "nano, a name openai-whisper knows (small, medium, ...), or a .pt file")
     data: str = flag("mini_hi", "mini_hi, cv11_hi, or a folder with train.tsv, dev.tsv, test.tsv and clips/")
     data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
     language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
     out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
-    steps: int = flag(None, "first phase: more let the penalty empty more groups (nano 600, others 2,000)", kind=int)
+    window: float = flag(0.0, "seconds of audio that the encoder keeps positions for; 0 keeps all, 30 as a rule")
+    vocabulary: str = flag(None, "data keeps the tokens that train's sentences need, full all (nano data, others full)",
+                           "data", "full", kind=str)
+    steps: int = flag(None, "first phase, before pruning: more let the model adapt and curvature settle", kind=int)
     recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)", kind=int)
-    batch: int = flag(None, "clips a step and process (nano 8, others 16)", kind=int)
+    batch: int = flag(None, "clips a step and process", kind=int)
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
-    lr: float = flag(None, "learning rate of the first phase (nano 3e-3, small 1.25e-5, medium 6.25e-6)", kind=float)
-    recovery_lr: float = flag(None, "learning rate of the second phase (a third of --lr)", kind=float)
-    distil: bool = flag(False, "also learn from the model as it came: its soft outputs and its encoder (beyond the paper)")
-    sgl: str = flag("loss", "loss adds the penalty's gradient, prox takes the proximal step", "loss", "prox")
+    lr: float = flag(None, "learning rate of the first phase (small 1.25e-5, medium 6.25e-6)", kind=float)
+    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)", kind=float)
+    importance: str = flag(None, "what pass 1 ranks groups by: curvature of the loss, or norm, the paper's wording",
+                           "curvature", "norm", kind=str)
+    penalty: str = flag(None, "loss adds the penalty's gradient (the paper's wording), prox takes the proximal step",
+                        "loss", "prox", "none", kind=str)
+    l1: float = flag(0.5, "strength on single weights, in units of the gradient: higher makes them smaller")
+    l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
-    l1_encoder: float = flag(3e-5, "strength on single weights: higher makes them smaller")
-    l1_decoder: float = flag(7e-5, "the same in the decoder")
-    l2_encoder: float = flag(3e-5, "strength on groups: higher empties more of them")
-    l2_decoder: float = flag(7e-5, "the same in the decoder")
-    z1: float = flag(0.5, "pass 1, standard deviations from the mean norm: higher removes more groups")
-    z2: float = flag(-0.75, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
-    target: float = flag(0.0, "share of the block parameters to remove; 0 leaves the size to z1")
+    target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1", kind=float)
+    z1: float = flag(-0.25, "pass 1, standard deviations from the mean: higher removes more groups")
+    z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     rounds: int = flag(2, "rounds of Iterative Magnitude Pruning: each needs some hundred steps to recover in")
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
     limit: int = flag(0, "take only the first clips of each split, for a quick look; 0 takes all")
     seed: int = flag(0, "order of the clips, augmentation, bootstrap")
     device: str = flag("", "cpu or cuda; cuda where there is one")
-    precision: str = flag("", "of activations; weights and penalty stay fp32 (bf16 on cuda)", "fp32", "bf16", "fp16")
-    checkpointing: bool = flag(False, "keep one activation a block and compute the rest again: less memory, 4/3 of the time")
+    precision: str = flag(None, "of activations; weights and penalty stay fp32 (bf16 where the machine is fast at it)",
+                          "fp32", "bf16", kind=str)
     workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)", kind=int)
-    eval_every: int = flag(None, "steps between dev losses; the best weights are kept (nano 0: off, others 250)", kind=int)
     save_every: int = flag(200, "steps between saved states")
     resume: bool = flag(False, "go on where the same command was interrupted")
     overwrite: bool = flag(False, "replace what an earlier run left in OUT")
     evaluate: bool = flag(False, "only measure the model")
-    bench: bool = flag(False, "only compare predicted and measured cost, dense and pruned")
     transcribe: list = flag((), "only print the text of these audio files", kind=str)
-    plot: bool = flag(False, "also draw OUT/plot.png, or the study's figures (needs matplotlib)")
-    study: bool = flag(False, "the whole comparison: methods, sizes, seeds, ablations (hours; tests/study.py)")
-    from_: str = flag("", "with --study: train nothing, make tables and figures from what lies in this folder")
+    plot: bool = flag(False, "also draw OUT/plot.png (needs matplotlib)")
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
 
 def run(s: Settings) -> None:
     """The method, top to bottom: load, fine-tune, prune, recover, compare, report."""
-    model = load_model(s)
-    s = completed(s, model)
-    if s.transcribe or s.bench or s.evaluate:
-        return look(model, s)
-    clips = {split: load_clips(model, split, s) for split in ("train", "dev", s.split)}
+    original = load_model(s)
+    s = completed(s, original)
+    if s.transcribe or s.evaluate:
+        return look(original, s)
+    clips = {split: load_clips(original, split, s) for split in ("train", s.split)}
+    train, model = clips["train"], shortened(copy.deepcopy(original), clips["train"], s)
     if s.target:
         decide(model, s)                         # whether so much can go at all, before hours of training
     if RANK == 0:
         start_folder(s, model)
     summed(0, s)                                 # the others wait; if process 0 stops here, torchrun stops them all
-    estimate(model, clips, s)
+    announce(model, clips, s)
 
-    clock = [time.time()]
-    dense = copy.deepcopy(model)
-    fine_tune(dense, clips, s, "dense: fine-tune")
-    imp = copy.deepcopy(dense)
-    losses = {"dense": fine_tune(dense, clips, recovery(s), "dense: go on")}
+    clock, dense = [time.time()], copy.deepcopy(model)
+    first = fine_tune(dense, train, s, "dense: fine-tune")
+    imp, loss = copy.deepcopy(dense), {"dense": fine_tune(dense, train, recovery(s), "dense: go on").loss}
     clock.append(time.time())
 
-    pruned = copy.deepcopy(model)
-    plan, losses["tspar"] = tspar(pruned, clips, s)
+    if s.penalty == "none":                      # then both have one first phase
+        pruned = copy.deepcopy(imp)
+    else:
+        pruned = model
+        penalty = SparseGroupLasso(groups_of(pruned, s), s.l1, s.l1, s.l2, s.l2, relative=True)
+        first = fine_tune(pruned, train, s, "tspar: fine-tune", penalty)
+    plan = prune_(pruned, train, s, first.curvature)
+    loss["tspar"] = fine_tune(pruned, train, recovery(s), "tspar: recover").loss
     clock.append(time.time())
 
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
-    iterative_magnitude(imp, clips, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
+    iterative_magnitude(imp, train, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
     clock.append(time.time())
 
-    models = {"original": model, "dense": dense, "tspar": pruned, "imp": imp}
-    rows, texts = compare(models, clips[s.split], s)
-    clock.append(time.time())
-    if RANK > 0:
-        return
-    for row in rows:
-        row["loss"] = losses.get(row["name"])
-    for name in ("dense", "tspar", "imp"):
-        prune.save(models[name], Path(s.out) / f"{name}.pt")
-    say(s, f"\n{plan.histogram()}\n\n{table(rows)}\n\n{diagnosis(rows, plan)}\n")
-    for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
-        say(s, f"said   {said}\ntspar  {text}")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
-    seconds = dict(zip(("dense", "tspar", "imp", "measure"), np.diff(clock).round(1).tolist()))
-    report = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
-              "plan": str(plan).split("\n"), "transcripts": texts}
-    write(Path(s.out) / "report.json", lambda file: file.write(json.dumps(report, ensure_ascii=False, indent=1).encode()))
-    if s.plot:
-        write(Path(s.out) / "plot.png", partial(draw, plan))
-    shutil.rmtree(Path(s.out) / "state")
-    say(s, f"\nin {s.out}: report.json, log.txt, dense.pt, tspar.pt, imp.pt   ({sum(seconds.values()):.0f} s)")
+    if RANK == 0:
+        models = {"original": original, "dense": dense, "tspar": pruned, "imp": imp}
+        rows, texts = compare(models, clips[s.split], s)
+        seconds = np.diff([*clock, time.time()]).round(1).tolist()
+        for row in rows:
+            row["loss"] = loss.get(row["name"])
+        report(models, plan, rows, texts, dict(zip(("dense", "tspar", "imp", "measure"), seconds)), s)
 
 
-def tspar(model: Whisper, clips: dict[str, Clips], s: Settings) -> tuple[prune.Plan, float]:
-    """The method: fine-tune with the penalty, decide in two passes, remove, recover. What was decided, and the last loss."""
-    penalty = SparseGroupLasso(groups_of(model, s), s.l1_encoder, s.l1_decoder, s.l2_encoder, s.l2_decoder)
-    fine_tune(model, clips, s, "tspar: fine-tune", penalty)
-    plan = decide(model, s)
+def shortened(model: Whisper, train: Clips, s: Settings) -> Whisper:
+    """--vocabulary data: the embedding keeps the tokens of train's sentences, as the decoder writes them. All models
+    alike, before the first phase, so that the comparison stays fair."""
+    if s.vocabulary == "data":
+        encode = get_tokenizer(model.is_multilingual, num_languages=model.num_languages).encode
+        prune.vocabulary_(model, {id for text in train.sentences for t in (text, " " + text) for id in encode(t)})
+    return model
+
+
+def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
+    """Decide in two passes, and remove. With curvature in rounds: each removes a little more and solves the readers of
+    what has gone anew, so that the next one decides on a model that works."""
+    plan = decide(model, s, curvature)
+    gone, of = plan.removed()
+    if s.importance == "curvature":
+        mine = [[(i,)] for i in np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()]
+
+        def listen() -> None:
+            for mel, text, _ in batches(train, s, mine):
+                with autocast(s):
+                    model.decoder(text.to(s.device), model.encoder(mel.to(s.device)))
+        for share in ROUNDS:
+            plan = decide(model, replace(s, target=share * gone / of), curvature)
+            prune.refit_(model, plan, prune.second_moments(model, listen))
+            prune.mask_(model, plan)
     prune.remove_(model, plan)
     gone, of = plan.removed()
     say(s, f"{'tspar: two passes':<22}{gone:,} of {of:,} block parameters removed ({gone / of:.1%})")
-    return plan, fine_tune(model, clips, recovery(s), "tspar: recover")
+    return plan
 
 
 def groups_of(model: Whisper, s: Settings) -> dict:
@@ -212,21 +227,22 @@ def groups_of(model: Whisper, s: Settings) -> dict:
     return prune.units(model) if s.groups == "unit" else columns(model)
 
 
-def decide(model: Whisper, s: Settings) -> prune.Plan:
+def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | None = None) -> prune.Plan:
     """Two passes, at --z1 or at the threshold that removes --target."""
-    at = lambda z1: prune.two_pass(model, groups_of(model, s), z1, s.z2)
+    curvature = curvature if s.importance == "curvature" else None
+    at = lambda z1: prune.two_pass(model, groups_of(model, s), z1, s.z2, curvature=curvature)
     try:
         return prune.target(s.target, at) if s.target else at(s.z1)
     except ValueError as error:
         raise Stop(f"--target {s.target}: {error}") from None
 
 
-def iterative_magnitude(model: Whisper, clips: dict[str, Clips], s: Settings, share: float) -> None:
+def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float) -> None:
     """The baseline: after round r of R, (1 - share)^(r/R) of the Linear weights are left, and the model retrains."""
     for r in range(s.rounds):
         prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / s.rounds))
         steps = s.recovery_steps * (r + 1) // s.rounds - s.recovery_steps * r // s.rounds
-        fine_tune(model, clips, replace(recovery(s), steps=steps), f"imp: round {r + 1} of {s.rounds}")
+        fine_tune(model, train, replace(recovery(s), steps=steps), f"imp: round {r + 1} of {s.rounds}")
 
 
 def recovery(s: Settings) -> Settings:
@@ -236,164 +252,96 @@ def recovery(s: Settings) -> Settings:
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 
-def fine_tune(model: Whisper, clips: dict[str, Clips], s: Settings, title: str,
-              penalty: SparseGroupLasso | None = None) -> float:
+def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> Phase:
     """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero.
-    Returns the mean loss of the last 20 steps, in nats a token, without penalty.
 
     Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero over
-    the first half: groups that turn out useful have moved before it presses on all. With s.eval_every, a phase without
-    penalty ends with the weights of the lowest dev loss; with penalty the last ones count, as it needs its time.
+    the first half: groups that turn out useful have moved before it presses on all.
     """
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
-    train, warm_up, shape = clips["train"], max(1, min(50, s.steps // 5)), (s.steps, s.accumulate, WORLD, s.batch)
-    # Place p of the endless shuffled sequence holds clip order[p], augmented by p; `places` deals the places out.
+    warm_up, phase = max(1, min(50, s.steps // 5)), Phase(model, s, title)
+    first, net = phase.step, Objective(model)
+    if WORLD > 1:
+        net = DistributedDataParallel(net, broadcast_buffers=False, init_sync=False)
+    loader, n_targets = steps_of(train, s, first)
+    bar = tqdm(initial=first, total=s.steps, desc=title, leave=False, ncols=80, disable=RANK > 0 or None)
+    with phase, bar:
+        for step in range(first, s.steps):
+            with undivided():
+                for group in phase.optimizer.param_groups:
+                    group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
+                loss = backward(net, phase.optimizer, loader, n_targets[step], s)
+                if penalty:
+                    penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
+                if penalty and s.penalty == "loss":
+                    penalty.add_gradient_()          # once, after all-reduce and clipping: it depends on neither
+                phase.optimizer.step()
+                if penalty and s.penalty == "prox":
+                    penalty.prox_(phase.optimizer)
+                for weight, keep in zeros:
+                    weight.data.mul_(keep)
+                phase.stepped(loss)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+    model.eval()
+    if first < s.steps or not s.resume:          # a phase that --resume found finished has been reported
+        loss = f"loss {phase.loss:.3f}" if phase.losses else "untouched"
+        say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}   {time.time() - started:5.0f} s")
+    return phase
+
+
+def steps_of(train: Clips, s: Settings, first: int) -> tuple:
+    """This process's batches from step `first` on, and the number of predicted tokens in every step of all processes.
+
+    Place p of the endless shuffled sequence holds clip order[p], augmented by p; `places` deals the places out."""
+    shape = (s.steps, s.accumulate, WORLD, s.batch)
     epochs = [np.random.default_rng([s.seed, e]).permutation(len(train)) for e in range(math.prod(shape) // len(train) + 1)]
     order, places = np.concatenate(epochs), np.arange(math.prod(shape)).reshape(shape)
-    teacher = load_model(s) if s.distil else None
-    with Objective(model, teacher) as objective, checkpointed(model) if s.checkpointing else nullcontext():
-        state = State(model, s, title)
-        first, net = state.step, objective
-        if WORLD > 1:
-            net = DistributedDataParallel(objective, broadcast_buffers=False, init_sync=False)
-        mine = places[first:, :, RANK].reshape(-1, s.batch)
-        loader = iter(batches(train, s, [[(int(order[p]), s.seed, int(p)) for p in row] for row in mine]))
-        bar = tqdm(initial=first, total=s.steps, desc=title, leave=False, ncols=80, disable=RANK > 0 or None)
-        with resumable(state, title), bar:
-            for step in range(first, s.steps):
-                with undivided():
-                    rate = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
-                    for group in state.optimizer.param_groups:
-                        group["lr"] = rate
-                    loss = backward(net, loader, sum(train.n_targets(i) for i in order[places[step]].flat), s, state)
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                    if penalty:
-                        penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
-                    if penalty and s.sgl == "loss":
-                        penalty.add_gradient_()      # once, after all-reduce and clipping: the strength depends on neither
-                    state.scaler.step(state.optimizer)
-                    state.scaler.update()
-                    if penalty and s.sgl == "prox":
-                        penalty.prox_(state.optimizer)
-                    for weight, keep in zeros:
-                        weight.data.mul_(keep)
-                    state.step, state.losses = step + 1, state.losses[-19:] + [loss]
-                    if s.eval_every and not penalty and (state.step % s.eval_every == 0 or state.step == s.steps):
-                        state.judge(dev_loss(objective, clips["dev"], s))
-                    if state.step % s.save_every == 0 and state.step < s.steps:
-                        state.save()
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                bar.update()
-        if first < s.steps:
-            state.finish()
-    model.eval()
-    last = float(np.mean(state.losses or [math.nan]))
-    if first < s.steps or not s.resume:          # a phase that --resume found finished has been reported
-        dev = f"   dev {state.best[0]:.3f}" if state.best[0] < math.inf else ""
-        loss = f"loss {last:.3f}" if state.losses else "untouched"
-        say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}{dev}   {time.time() - started:5.0f} s")
-    return last
+    mine = places[first:, :, RANK].reshape(-1, s.batch)
+    loader = iter(batches(train, s, [[(int(order[p]), s.seed, int(p)) for p in row] for row in mine]))
+    return loader, [sum(train.n_targets(i) for i in order[step].flat) for step in places]
 
 
-def backward(net: torch.nn.Module, loader, n_targets: int, s: Settings, state: State) -> float:
-    """The gradient of one step's mean loss over all its n_targets tokens, in .grad; returns that loss, in nats a token."""
+def backward(net: torch.nn.Module, optimizer, loader, n_targets: int, s: Settings) -> float:
+    """The gradient of one step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats a token."""
     net.train()
-    state.optimizer.zero_grad()
+    optimizer.zero_grad()
     loss = 0.0
     for i in range(s.accumulate):
         batch = [x.to(s.device, non_blocking=True) for x in next(loader)]
         with net.no_sync() if WORLD > 1 and i < s.accumulate - 1 else nullcontext():
             with autocast(s):
                 part = net(*batch) / n_targets
-            state.scaler.scale(part * WORLD).backward()      # DistributedDataParallel takes the mean of WORLD gradients
+            (part * WORLD).backward()            # DistributedDataParallel takes the mean of WORLD gradients
         loss += part.item()
-    state.scaler.unscale_(state.optimizer)
     loss = summed(loss, s)
     if not math.isfinite(loss):
-        raise Stop(f"the loss is {loss} in step {state.step + 1}; lower --lr, now {s.lr:g}, or the strengths, "
-                   "and start again", 1)
+        raise Stop(f"the loss is {loss}; lower --lr, now {s.lr:g}, or the strengths, and start again", 1)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     return loss
 
 
 class Objective(torch.nn.Module):
-    """Cross-entropy in nats, summed over the targets: the exact softmax over the whole vocabulary, at the cost of its
-    different rows.
+    """Cross-entropy in nats, summed over the targets, of teacher-forced text: a module, as DistributedDataParallel wants."""
 
-    About 75 of nano's 51,865 tokens occur in mini_hi; the others have one embedding row in common, so one logit, and
-    n equal logits count as one logit plus log n. Inside `with`, the model's vocabulary is its different rows;
-    afterwards every token has its row back. In a pretrained Whisper all rows differ and nothing changes.
-    """
-
-    def __init__(self, model: Whisper, teacher: Whisper | None = None):
+    def __init__(self, model: Whisper):
         super().__init__()
-        weight = model.decoder.token_embedding.weight.detach()
-        alike = (weight == weight[-1]).all(1)    # as the last token, a timestamp, which no text has
-        different = [*torch.where(~alike)[0].tolist(), len(weight) - 1]
-        self.model, self.teacher = model, teacher
-        self.row_of = torch.where(alike, len(different) - 1, (~alike).cumsum(0) - 1)
-        self.log_counts = torch.bincount(self.row_of).to(weight).log()
-        for each in (model, teacher) if teacher else (model,):
-            rows = each.decoder.token_embedding.weight.detach()[different]
-            each.decoder.token_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=each is teacher)
-        teacher.requires_grad_(False) if teacher else None
+        self.model = model
 
     def forward(self, mels: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """mels (B, n_mels, n_frames); inputs and targets (B, T), ids of the full vocabulary, targets -100 to skip."""
-        audio = self.model.encoder(mels)
-        if not (self.teacher and self.training):
-            return self.of_text(audio, inputs, targets)
-        logits = self.model.decoder(self.row_of[inputs], audio)
-        taught_audio = self.teacher.encoder(mels)
-        taught = self.teacher.decoder(self.row_of[inputs], taught_audio)
-        said, T = targets >= 0, 2.0
-        soft = lambda logits: (logits[said] / T + self.log_counts).log_softmax(-1)       # n equal logits / T, counted once
-        distance = F.kl_div(soft(logits), soft(taught), reduction="sum", log_target=True)
-        apart = (audio - taught_audio).square().mean((1, 2)) @ said.sum(1).to(audio)
-        return self.cross_entropy(logits, targets) + T * T * distance + 3 * apart
-
-    def of_text(self, audio: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.cross_entropy(self.model.decoder(self.row_of[inputs], audio), targets)
-
-    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = torch.where(targets < 0, -100, self.row_of[targets])
-        return F.cross_entropy((logits + self.log_counts).flatten(0, 1), rows.flatten(), reduction="sum")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        weight = self.model.decoder.token_embedding.weight.detach()[self.row_of]
-        self.model.decoder.token_embedding = torch.nn.Embedding.from_pretrained(weight, freeze=False)
-
-
-@contextmanager
-def checkpointed(model: Whisper):
-    """Gradient checkpointing: of each block only the input is kept, the backward pass computes the rest again."""
-    blocks = [*model.encoder.blocks, *model.decoder.blocks]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+        decoder, audio = self.model.decoder, self.model.encoder(mels)
+        if not isinstance(decoder, prune.KeptDecoder):
+            logits = decoder(inputs, audio)
+        else:                                    # rows that are gone have the probability 0, so no part in the sum
+            logits = decoder.kept_logits(inputs, audio)
+            targets = torch.where(targets < 0, targets, decoder.token_embedding.row_of[targets])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def autocast(s: Settings) -> torch.autocast:
     """Activations in --precision."""
-    dtype = torch.float16 if s.precision == "fp16" else torch.bfloat16
-    return torch.autocast(s.device.split(":")[0], dtype, enabled=s.precision != "fp32")
-
-
-@torch.no_grad()
-def dev_loss(objective: Objective, clips: Clips, s: Settings) -> float:
-    """Cross-entropy in nats a token on the dev clips, each process its share."""
-    objective.eval()
-    total = 0.0
-    for batch in batches(clips, s, share(len(clips), s.batch)):
-        with autocast(s):
-            total += objective(*[x.to(s.device) for x in batch]).item()
-    return summed(total, s) / sum(map(clips.n_targets, range(len(clips))))
+    return torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16")
 
 
 def summed(x: float, s: Settings) -> float:
@@ -413,7 +361,8 @@ def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list
     for i, (name, model) in enumerate(models.items()):
         texts[name] = transcribe(model, clips, s)
         if RANK == 0:
-            rows.append({"name": name, **figures(model, clips, texts[name], s), "latency_ms": 1000 * latency[i]["encoder_seconds"]})
+            rows.append({"name": name, **figures(model, clips, texts[name], s),
+                         "latency_ms": 1000 * latency[i]["encoder_seconds"]})
     return rows, texts
 
 
@@ -429,38 +378,55 @@ def figures(model: Whisper, clips: Clips, texts: list[str], s: Settings) -> dict
             "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new)}
 
 
+def report(models: dict, plan: prune.Plan, rows: list[dict], texts: dict, seconds: dict, s: Settings) -> None:
+    """Everything that is known now: on the screen, in report.json, and the checkpoints."""
+    for name in ("dense", "tspar", "imp"):
+        prune.save(models[name], Path(s.out) / f"{name}.pt")
+    say(s, f"\n{table(rows)}\n\n{diagnosis(rows, plan)}\n")
+    for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
+        say(s, f"said   {said}\ntspar  {text}")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
+    everything = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
+                  "plan": str(plan).split("\n"), "transcripts": texts}
+    write(Path(s.out) / "report.json",
+          lambda file: file.write(json.dumps(everything, ensure_ascii=False, indent=1).encode()))
+    if s.plot:
+        write(Path(s.out) / "plot.png", partial(draw, plan))
+    shutil.rmtree(Path(s.out) / "state")
+    say(s, f"\nin {s.out}: report.json, log.txt, dense.pt, tspar.pt, imp.pt   ({sum(seconds.values()):.0f} s)")
+
+
 def look(model: Whisper, s: Settings) -> None:
-    """Train nothing: --transcribe files, --bench the costs, or --evaluate the model as it is."""
-    if s.transcribe:
-        for path in s.transcribe:
-            print(f"{path}\t{heard(model, path, s)}", flush=True)
-    elif s.bench:
-        dense, pruned = prune.expand(model), copy.deepcopy(model)
-        if flops.parameters(dense)["blocks"] == flops.parameters(model)["blocks"]:          # stock shapes: half of them go
-            prune.remove_(pruned, prune.target(s.target or 0.5, lambda z1: prune.two_pass(pruned, z1=z1, z2=None)))
-        print(flops.table({"dense": dense, "pruned": pruned}), end="\n\n")
-        for line in flops.bench(dense, pruned):
-            print(line, flush=True)
-    else:
+    """Train nothing: --transcribe files, or --evaluate the model as it is."""
+    for path in s.transcribe:
+        print(f"{path}\t{heard(model, path, s)}", flush=True)
+    if s.evaluate:
         rows, _ = compare({Path(s.model).stem[:8]: model}, load_clips(model, s.split, s), s)
         print(table(rows)) if RANK == 0 else None
 
 
+def decoding(model: Whisper, s: Settings, **more) -> whisper.DecodingOptions:
+    """Greedy, and as long as training allows: prompt, text and end fill the context."""
+    start = 4 if model.is_multilingual else 2
+    return whisper.DecodingOptions(language=s.language, without_timestamps=True, fp16="cuda" in s.device,
+                                   **{"sample_len": model.dims.n_text_ctx - start + 1, **more})
+
+
 def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
     """Greedy whisper.decode, 40 clips at a time; each process its share, all get all."""
-    options = whisper.DecodingOptions(language=s.language, without_timestamps=True, fp16=s.device != "cpu")
-    loader, texts = batches(clips, s, share(len(clips), 40)), []
+    loader, texts, options = batches(clips, s, share(len(clips), 40)), [], decoding(model, s)
     for mels, _, _ in tqdm(loader, "transcribe", leave=False, ncols=80, disable=RANK > 0 or None):
         texts += [result.text for result in whisper.decode(model, mels.to(s.device), options)]
     if WORLD == 1:
         return texts
-    rows = torch.zeros(math.ceil(len(clips) / WORLD), 4096, dtype=torch.uint8)      # as bytes: nothing to unpickle
+    longest = torch.tensor(max([len(text.encode()) for text in texts], default=0), device=s.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    rows = torch.zeros(math.ceil(len(clips) / WORLD), int(longest), dtype=torch.uint8)      # bytes: nothing to unpickle
     for row, text in zip(rows, texts):
-        data = text.encode()[:4096]
-        row[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+        row[:len(text.encode())] = torch.tensor([*text.encode()], dtype=torch.uint8)
     parts = [torch.empty_like(rows, device=s.device) for _ in range(WORLD)]
     dist.all_gather(parts, rows.to(s.device))
-    return [bytes(parts[i % WORLD][i // WORLD].tolist()).rstrip(b"\0").decode(errors="ignore") for i in range(len(clips))]
+    return [bytes(parts[i % WORLD][i // WORLD].tolist()).rstrip(b"\0").decode() for i in range(len(clips))]
 
 
 def heard(model: Whisper, path: str, s: Settings) -> str:
@@ -468,10 +434,9 @@ def heard(model: Whisper, path: str, s: Settings) -> str:
     audio, window = read_audio(Path(path)), 2 * model.dims.n_audio_ctx * HOP_LENGTH
     if window == whisper.audio.N_SAMPLES:
         return model.transcribe(audio, language=s.language, fp16=s.device != "cpu")["text"].strip()
-    options = whisper.DecodingOptions(language=s.language, without_timestamps=True, fp16=s.device != "cpu")
     mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(audio[i: i + window], window), model.dims.n_mels)
             for i in range(0, max(1, len(audio)), window)]
-    return " ".join(whisper.decode(model, mel.to(s.device), options).text for mel in mels)
+    return " ".join(whisper.decode(model, mel.to(s.device), decoding(model, s)).text for mel in mels)
 
 
 def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
@@ -684,56 +649,57 @@ def share(n: int, batch: int) -> list[list[tuple]]:
 
 # ------------------------------------------------------------------------------------------------------ nothing is lost
 
-class State:
-    """What a phase has reached, with the vocabulary as Objective has it. It lies in OUT/state, whole or not at all, and
-    --resume takes it up again."""
+class Phase:
+    """How far a phase has come. It lies in OUT/state, whole or not at all, and --resume takes it up again.
+
+    `loss` is the mean of the last 20 steps, in nats a token without penalty. A finished phase also has `curvature`:
+    parameter name -> mean squared gradient, which Adam has kept as its second moment (here bias-corrected) anyway.
+    """
 
     def __init__(self, model: Whisper, s: Settings, title: str):
         self.path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
-        self.model, self.step, self.losses, self.best = model, 0, [], [math.inf, {}]
+        self.model, self.s, self.title, self.step, self.losses, self.curvature = model, s, title, 0, [], {}
         self.optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        self.scaler = torch.amp.GradScaler(s.device.split(":")[0], enabled=s.precision == "fp16")
         if s.resume and self.path.is_file():
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             model.load_state_dict(saved["model"])
-            self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
-            if "optimizer" in saved:                         # a finished phase has none
+            self.step, self.losses, self.curvature = saved["step"], saved["losses"], saved["curvature"]
+            if saved["optimizer"]:               # a finished phase has none
                 self.optimizer.load_state_dict(saved["optimizer"])
-                self.scaler.load_state_dict(saved["scaler"])
+
+    @property
+    def loss(self) -> float:
+        return float(np.mean(self.losses or [math.nan]))
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "step": self.step, "losses": self.losses, "best": self.best}
-        if self.optimizer:
-            state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        done = self.step == self.s.steps
+        state = {"model": self.model.state_dict(), "step": self.step, "losses": self.losses,
+                 "curvature": self.curvature, "optimizer": None if done else self.optimizer.state_dict()}
         write(self.path, lambda file: torch.save(state, file))
 
-    def judge(self, dev: float) -> None:
-        """Keep these weights if none had a lower dev loss."""
-        if dev < self.best[0]:
-            self.best = [dev, {name: value.clone() for name, value in self.model.state_dict().items()}]
+    def stepped(self, loss: float) -> None:
+        """One step more; saved every --save-every steps, and at the end."""
+        self.step, self.losses = self.step + 1, self.losses[-19:] + [loss]
+        if self.step == self.s.steps:
+            beta, moments = self.optimizer.param_groups[0]["betas"][1], self.optimizer.state
+            self.curvature = {name: moments[p]["exp_avg_sq"] / (1 - beta ** float(moments[p]["step"]))
+                              for name, p in self.model.named_parameters() if p in moments}
+        if self.step == self.s.steps or self.step % self.s.save_every == 0:
+            self.save()
 
-    def finish(self) -> None:
-        """Take the best weights, and save them alone."""
-        if self.best[1]:
-            self.model.load_state_dict(self.best[1])
-        self.optimizer, self.best = None, [self.best[0], {}]
-        self.save()
+    def __enter__(self):
+        return self
 
-
-@contextmanager
-def resumable(state: State, title: str):
-    """Whatever stops the phase is said in a sentence; when the user does, the last step is saved first."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        state.save()
-        raise Stop(f"stopped after step {state.step} of {title}; the same command with --resume goes on", 130) from None
-    except (OSError, RuntimeError) as error:             # a full disk, too little memory, a worker killed
-        known = "out of memory|allocate|inline_container|unexpected pos|DataLoader worker"      # of RuntimeErrors
-        if not isinstance(error, OSError) and not re.search(known, str(error)):
-            raise
-        raise Stop(f"{title} failed in step {state.step + 1} ({str(error).splitlines()[0]}); when that is mended, the "
-                   "same command with --resume goes on from the last saved step", 1) from error
+    def __exit__(self, kind, error, _) -> None:
+        """Whatever stops the phase is said in a sentence; when the user does, the last step is saved first."""
+        again = "the same command with --resume goes on"
+        if isinstance(error, KeyboardInterrupt):
+            self.save()
+            raise Stop(f"stopped after step {self.step} of {self.title}; {again}", 130) from None
+        known = ("out of memory", "allocate", "inline_container", "unexpected pos", "DataLoader worker")
+        if isinstance(error, OSError) or isinstance(error, RuntimeError) and any(text in str(error) for text in known):
+            raise Stop(f"{self.title} failed in step {self.step + 1} ({str(error).splitlines()[0]}); when that is "
+                       f"mended, {again} from the last saved step", 1) from error
 
 
 @contextmanager
@@ -775,9 +741,10 @@ def start_folder(s: Settings, model: Whisper) -> None:
     out, kept = Path(s.out), Path(s.out) / "settings.json"
     changeable = {"resume", "overwrite", "plot", "workers", "save_every"}
     if not (out / "state/tspar-recover.pt").exists():
-        changeable |= {"z1", "z2", "target", "rounds"}       # nothing has been pruned yet
+        changeable |= {"z1", "z2", "target", "rounds", "importance"}       # nothing has been pruned yet
     ours = {name: value for name, value in asdict(s).items() if name != "transcribe"}
     ours |= {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
+    record = lambda: write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
     if s.resume:
         need((out / "state").is_dir() and kept.is_file(),
              f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
@@ -785,11 +752,11 @@ def start_folder(s: Settings, model: Whisper) -> None:
         other = [f"{name} {begun.get(name)}, not {ours[name]}" for name in ours
                  if name not in changeable and begun.get(name) != ours[name]]
         need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
-        write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
+        record()
         return say(s, "\nresumed")
     need(not out.exists() or s.overwrite and out.is_dir() or out.is_dir() and not any(out.iterdir()),
          f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
-    size = 4 * (10 + s.rounds) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
+    size = 4 * (12 + s.rounds) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
     try:
         space = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
         need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; "
@@ -798,7 +765,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
         results = ("log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt")
         for old in [*(out / "state").iterdir(), *(out / name for name in results)]:
             old.unlink(missing_ok=True)
-        write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
+        record()
     except OSError as error:
         raise Stop(f"--out {out} cannot be written ({error}); name a folder that can") from None
 
@@ -817,10 +784,27 @@ def settings(argv: list[str] | None) -> Settings:
         typed = {"action": "store_true"} if m["kind"] is bool else {
             "type": m["kind"], "choices": m["choices"], "metavar": None if m["choices"] else "X"}
         typed |= {"nargs": "+"} if f.default == () else {}
-        parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, default=f.default, help=text.replace("%", "%%"), **typed)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **typed)
     s = Settings(**vars(parser.parse_args(argv)))
-    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "save_every": (1, math.inf), "rounds": (1, math.inf),
-              "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
+    check(s)
+    for path in s.transcribe:
+        read_audio(Path(path))
+    if not s.transcribe:
+        data_folder(s)
+    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Stop(f"--device {device} cannot be used ({str(error).splitlines()[0]}); take cpu, "
+                   "or a machine with cuda") from None
+    return replace(s, device=device, out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
+
+
+def check(s: Settings) -> None:
+    """Refuse what has no meaning, flag by flag and flag against flag."""
+    limits = dict.fromkeys(("batch", "accumulate", "save_every", "rounds"), (1, math.inf)) | {
+        "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
         need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, and is refused too
@@ -829,35 +813,30 @@ def settings(argv: list[str] | None) -> Settings:
          f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
     need(not s.plot or importlib.util.find_spec("matplotlib"),
          "--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
-    need(not s.data_dir or s.data == "cv11_hi", f"--data-dir is for --data cv11_hi; for another folder give --data {s.data_dir}")
-    need(s.study or not s.from_, f"--from {s.from_} is for --study; give both, or leave it out")
-    need(not (s.resume and s.overwrite), "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Stop(f"--device {device} cannot be used ({str(error).splitlines()[0]}); take cpu, "
-                   "or a machine with cuda") from None
-    need(s.precision != "fp16" or device != "cpu", "--precision fp16 needs --device cuda; on a cpu take fp32 or bf16")
-    for path in s.transcribe:
-        read_audio(Path(path))
-    if not (s.transcribe or s.bench):
-        data_folder(s)
-    return replace(s, device=device, precision=s.precision or ("bf16" if "cuda" in device else "fp32"),
-                   out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
+    need(not s.data_dir or s.data == "cv11_hi",
+         f"--data-dir is for --data cv11_hi; for another folder give --data {s.data_dir}")
+    need(not (s.resume and s.overwrite),
+         "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
 
 
 def completed(s: Settings, model: Whisper) -> Settings:
-    """Settings with the defaults that depend on the model (RECIPES)."""
-    nano = model.dims.n_audio_state == 128
-    lr, steps, batch = RECIPES.get(model.dims.n_audio_state, (1e-5, 2000, 16))
-    lr, steps = lr if s.lr is None else s.lr, steps if s.steps is None else s.steps
-    given = {name: value for name, value in asdict(s).items() if value is not None}
-    need(s.rounds <= max(1, steps if s.recovery_steps is None else s.recovery_steps),
+    """Settings with the defaults that depend on the model (RECIPES) and on the machine."""
+    recipe = OTHERS | RECIPES.get(model.dims.n_audio_state, {})
+    recipe |= {name: value for name, value in asdict(s).items() if value is not None}
+    recipe.setdefault("recovery_steps", recipe["steps"])
+    recipe.setdefault("recovery_lr", recipe["lr"])
+    recipe.setdefault("workers", min(8, os.cpu_count()))
+    recipe.setdefault("precision", "bf16" if "cuda" in s.device or fast_bf16() else "fp32")
+    s = Settings(**recipe)
+    need(s.rounds <= max(1, s.recovery_steps),
          f"--rounds {s.rounds} is more than there are --recovery-steps to share; lower it")
-    return Settings(**{"lr": lr, "steps": steps, "recovery_steps": steps, "recovery_lr": lr / 3, "batch": batch,
-                       "workers": 0 if nano else min(8, os.cpu_count()), "eval_every": 0 if nano else 250} | given)
+    return s
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 faster than fp32."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and bool({"avx512_bf16", "amx_bf16"} & {*cpu.read_text().split()})
 
 
 def data_folder(s: Settings) -> Path:
@@ -895,23 +874,27 @@ def load_model(s: Settings) -> Whisper:
     return model.eval()
 
 
-def estimate(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
-    """What is about to be done, and what it will take, before the first step."""
+def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
+    """What is about to be done and how long it will take, from three steps and one batch of decoding on a copy."""
     for split, some in clips.items():
         say(s, f"{split:<6}{len(some):>6,} clips   {some.left_out}".rstrip())
-    n = round(np.mean([len(tokens) - 1 for tokens in clips["train"].tokens]))
-    step, steps = s.batch * s.accumulate * WORLD, 2 * s.steps + 3 * s.recovery_steps
-    with Objective(model):                       # so that rows of the vocabulary that are alike count once
-        work = steps * step * flops.training(model, n) * (1 + (s.checkpointing + s.distil) / 3)      # one more forward pass
-        memory = flops.training_memory(model, n, s.batch, 4 if s.precision == "fp32" else 2, s.checkpointing)
-        memory += (3 + s.distil) * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
-    size = 1024 if s.device == "cpu" else 8192
-    with torch.inference_mode(), autocast(s):
-        x = torch.randn(size, size, device=s.device)
-        rate = WORLD * 2 * size ** 3 / Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads()).timeit(5).mean
-    say(s, f"{steps:,} steps of {step} clips, {work / 1e12:,.1f} TFLOP: {work / rate / 60:,.1f} min at the "
-           f"{rate / 1e9:,.0f} GFLOP/s of a matrix product,\nup to 4 times that in practice. "
-           f"Memory to train in: {memory / 1e9:.2f} GB, {s.precision} activations.\n")
+    trial, train, test, took = copy.deepcopy(model), clips["train"], clips[s.split], []
+    net, optimizer = Objective(trial), torch.optim.AdamW(trial.parameters(), 0.0)
+    loader, n_targets = steps_of(train, replace(s, steps=3), 0)
+    for n in n_targets:
+        started = time.time()
+        backward(net, optimizer, loader, n, s)
+        optimizer.step()
+        took.append(time.time() - started)
+    length, few, started = round(np.mean(n_targets) / s.batch / s.accumulate / WORLD), min(8, len(test)), time.time()
+    mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
+    whisper.decode(trial, mels, decoding(trial, s, sample_len=length))
+    steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
+    seconds = steps * min(took) + 4 * len(test) * (time.time() - started) / few
+    memory = flops.training_memory(model, length + train.n_start, s.batch, 2 if s.precision == "bf16" else 4)
+    memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
+    say(s, f"{steps:,} steps of {s.batch * s.accumulate * WORLD} clips, {min(took):.2f} s each, and 4 models to measure: "
+           f"about {max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} activations.\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -921,11 +904,6 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         s = settings(argv)
-        if s.study:
-            sys.modules.setdefault("run", sys.modules[__name__])         # tests/study.py imports run: this one
-            sys.path.insert(0, str(ROOT / "tests"))
-            import study
-            return study.main(s)
         if WORLD > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)      # its successor is new in 2.13
             torch.cuda.set_device(s.device) if s.device != "cpu" else None

@@ -130,16 +130,19 @@ class SparseGroupLasso:
     groups  name -> [(parameter, axis), ...]; the name begins with `encoder.` or `decoder.`, which picks its
             strengths. A parameter may be in several groups: gradients add up, and proximal steps follow one
             another, which is not the proximal operator of the sum but lands on zeros just as well.
+    relative  True: strengths are in units of the loss's gradient. Each step multiplies them by the root mean square
+            of .grad over all weights of the side's groups, so 1 pulls a weight as hard as the loss does on average,
+            in a toy and in Whisper-medium alike. Call both methods after backward(), before zero_grad()
     scale   an attribute that multiplies all four, 1 at first: raise it from 0 to let the penalty set in slowly
     Raises ValueError, naming the group: a name with another beginning, and all that tspar.penalty refuses.
     """
 
     def __init__(self, groups: dict[str, Group], l1_encoder: float, l1_decoder: float,
-                 l2_encoder: float, l2_decoder: float):
+                 l2_encoder: float, l2_decoder: float, relative: bool = False):
         if not groups:
             raise ValueError("groups is empty; give {name: [(parameter, axis), ...]}, as columns(model) does")
         strengths = {"encoder.": (l1_encoder, l2_encoder), "decoder.": (l1_decoder, l2_decoder)}
-        self.groups, self.scale = {}, 1.0
+        self.groups, self.scale, self.relative = {}, 1.0, relative
         for name, group in groups.items():
             side = name[:8]  # as long as both beginnings
             if side not in strengths:
@@ -159,12 +162,13 @@ class SparseGroupLasso:
         A parameter without .grad gets one; a frozen one (requires_grad False) does not, yet its norm counts.
         With a GradScaler, call it between scaler.unscale_ and scaler.step.
         """
-        for group, l1, l2 in self.groups.values():
+        units = self._units()
+        for name, (group, l1, l2) in self.groups.items():
             for w, _ in group:
                 if w.requires_grad and w.grad is None and (l1 or l2):
                     w.grad = torch.zeros_like(w)
             _add_gradient_(group, [w.grad if w.requires_grad else None for w, _ in group],
-                           self.scale * l1, self.scale * l2)
+                           units[name[:8]] * l1, units[name[:8]] * l2)
 
     @torch.no_grad()
     def prox_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -180,6 +184,7 @@ class SparseGroupLasso:
             raise TypeError(f"prox_ knows the step of Adam, AdamW and SGD, not of {type(optimizer).__name__}; "
                             "for another optimizer call tspar.prox_(group, step * l1, step * l2)")
         options = {id(w): option for option in optimizer.param_groups for w in option["params"]}
+        units = self._units()
         for name, (group, l1, l2) in self.groups.items():
             group = [(w, axis) for w, axis in group if w.numel()]  # a mean over nothing is nan
             if not (l1 or l2) or not any(w.requires_grad for w, _ in group):
@@ -191,7 +196,19 @@ class SparseGroupLasso:
                                      "go to zero with the others; give the optimizer all of them or none")
             step = _step(group, [options[id(w)] for w, _ in group], optimizer.state)
             if step is not None:
-                _shrink_(group, self.scale * l1, self.scale * l2, step)
+                _shrink_(group, units[name[:8]] * l1, units[name[:8]] * l2, step)
+
+    def _units(self) -> dict[str, float]:
+        """What multiplies the strengths of each side now: `scale`, and the size of the gradient if `relative`."""
+        units = {}
+        for side in ("encoder.", "decoder."):
+            weights = {id(w): w for name, entry in self.groups.items() if name[:8] == side for w, _ in entry[0]}
+            grads = [w.grad.detach() for w in weights.values() if w.grad is not None and w.numel()]
+            units[side] = self.scale
+            if self.relative and grads:
+                norms = torch.stack([norm.to(grads[0].device, torch.float64) for norm in torch._foreach_norm(grads)])
+                units[side] *= (norms.square().sum() / sum(map(torch.numel, grads))).sqrt().item()
+        return units
 
 
 def _check(group: Group, l1: float, l2: float, name: str | None = None) -> int:
