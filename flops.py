@@ -238,7 +238,7 @@ def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_val
 def _logits_bytes(model: Whisper, b: int) -> int:
     """Bytes live at the worst moment of one position's logits: the product in b bytes and, if b != 4, in float32;
     where prune.vocabulary_ has cut rows (`row_of`), both that and the full width in float32."""
-    rows, row_of = len(model.decoder.token_embedding.weight), getattr(model.decoder.token_embedding, "row_of", None)
+    rows, row_of = len(model.decoder.token_embedding.weight), getattr(model.decoder, "row_of", None)
     return max(rows * (b if b == 4 else b + 4), 4 * (rows + len(row_of)) if row_of is not None else 0)
 
 

@@ -35,12 +35,12 @@ where query/key and value are equally wide): the heads of one attention keep one
 value, all widths a multiple of 8; a head's strongest doomed dimensions stay until it matches. A head without value
 dimensions adds nothing and goes whole; one without query/key dimensions averages its values, which is not nothing,
 so it keeps its strongest. One head and one group always stay. `mask_` writes zeros and defines what a plan means;
-`remove_` is the same function in smaller shapes. Whisper divides scores by sqrt(head width): from 64 to 40, query
-is scaled by sqrt(40/64). Outside the blocks, `vocabulary_` and `window_` cut to a language and a length of clip.
+`remove_` is the same function in smaller shapes: whisper divides scores by sqrt(head width), so query is scaled.
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes its
 producer along and is listed as X.vo or X.mlp (query/key keep their width then, so only whole heads go). query, key,
-value and mlp.0 read the residual stream and become a `SelectingLinear`.
+value and mlp.0 read the residual stream and become a `SelectingLinear`. Outside the blocks, `vocabulary_` and
+`window_` cut to the tokens of a language and the length of its clips.
 """
 import math
 import os
@@ -74,28 +74,23 @@ class SelectingLinear(Linear):
         return super().forward(x.index_select(-1, self.index))
 
 
-class KeptEmbedding(nn.Embedding):
-    """The rows of some ids. Buffers: row_of (n_vocab,), id -> row, -1 where it is gone; ids (rows,), row -> id."""
+class KeptDecoder(TextDecoder):
+    """Whisper's decoder on the embedding rows of some ids. Buffers, in the state dict: row_of (n_vocab,), id -> row,
+    -1 where it is gone; kept_ids (rows,), row -> id. ids (B, T), audio (B, positions, d) as whisper's."""
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def kept_logits(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
+        """(B, T, rows), what training needs. ValueError if an id has no row."""
         rows = self.row_of[ids]
         if not rows.is_meta and (rows < 0).any():
             raise ValueError(f"ids {ids[rows < 0].unique().tolist()} have no row; keep them in vocabulary_, or "
                              "give a prompt without them")
-        return super().forward(rows)
-
-
-class KeptDecoder(TextDecoder):
-    """Whisper's decoder with a KeptEmbedding: logits of all ids, (B, T, n_vocab), -inf where the row is gone."""
-
-    def kept_logits(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
-        """Logits of the rows that are left, (B, T, rows): what training needs."""
-        return super().forward(ids, audio, kv_cache)
+        return super().forward(rows, audio, kv_cache)
 
     def forward(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
+        """(B, T, n_vocab), -inf where the row is gone."""
         kept = self.kept_logits(ids, audio, kv_cache)
-        logits = kept.new_full((*kept.shape[:2], len(self.token_embedding.row_of)), -math.inf)
-        return logits.index_copy_(-1, self.token_embedding.ids, kept)     # 5 times faster than a look-up in row_of
+        logits = kept.new_full((*ids.shape, len(self.row_of)), -math.inf)
+        return logits.index_copy_(-1, self.kept_ids, kept)     # 5 times faster than a look-up in row_of
 
 
 @dataclass
@@ -130,8 +125,7 @@ class Plan:
         for side in dict.fromkeys(map(side_of, self.norms)):
             norms, cut = self.pooled(side)
             counts, edges = (x.tolist() for x in torch.histogram(norms, bins))
-            below = int((norms < cut).sum())
-            lines.append(f"{side}: norms of {len(norms):,} groups, {below:,} below the cut at {cut:.4f}")
+            lines.append(f"{side}: norms of {len(norms):,} groups, {(norms < cut).sum():,} below the cut at {cut:.4f}")
             for count, low, high in zip(counts, edges, edges[1:]):
                 bar, mark = "#" * math.ceil(width * count / max(counts)), "  <- cut" if low <= cut < high else ""
                 lines.append(f"  from {low:6.4f} {int(count):>6,} {bar:<{width}}{mark}".rstrip())
@@ -325,14 +319,12 @@ def zeros(model: Whisper) -> list[tuple[nn.Parameter, Tensor]]:
 @torch.no_grad()
 def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
     """Keep the embedding rows of `tokens` (ids), of the 256 single bytes, which can write any text, and of all special
-    tokens and timestamps. Returns the model. Ids stay those of the full vocabulary and dims too; as logits are -inf
-    where a row is gone (`KeptDecoder`), Whisper runs on as it does with suppress_tokens.
-
-    Training needs no -inf: the cross-entropy of model.decoder.kept_logits(inputs, audio) with targets
-    model.decoder.token_embedding.row_of[ids] is that of the full width, as exp(-inf) = 0. Raises ValueError if there
-    are no tokens, or one is no whole number, outside the vocabulary or gone already."""
-    params, old, V, tokens = _parameters(model), model.decoder.token_embedding, model.dims.n_vocab, [*tokens]
-    row_of = getattr(old, "row_of", torch.arange(V)).cpu()
+    tokens and timestamps. Returns the model. Ids stay those of the full vocabulary, and dims; logits are -inf where a
+    row is gone (`KeptDecoder`), so whisper runs on as it does with suppress_tokens. Training needs no -inf: the
+    cross-entropy of model.decoder.kept_logits(ids, audio) with targets model.decoder.row_of[ids] is that of the full
+    width, as exp(-inf) = 0. Raises ValueError without tokens, or if one is not an id that the model has."""
+    params, V, tokens = _parameters(model), model.dims.n_vocab, [*tokens]
+    row_of = getattr(model.decoder, "row_of", torch.arange(V)).cpu()
     wrong = [t for t in tokens if type(t) is bool or not isinstance(t, Integral) or not 0 <= t < V or row_of[t] < 0]
     if wrong or not tokens:
         raise ValueError(f"tokens to keep are {wrong[:3] or 'none'}; give those of your texts, as whole numbers "
@@ -346,9 +338,9 @@ def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
 
 
 def window_(model: Whisper, seconds: float) -> Whisper:
-    """Cut off the audio positions beyond `seconds`, 50 a second. Returns the model, whose mels are 100 * seconds frames
-    long: for whisper.decode; model.transcribe feeds 30 s and stops. Whisper takes max_initial_timestamp as a share of
-    the window: give 30 / seconds times as much, or None. Raises ValueError if seconds is not from 0.02 to the window."""
+    """Cut off the audio positions beyond `seconds`, 50 a second. Returns the model, for mels of 100 * seconds frames:
+    whisper.decode takes them, while model.transcribe feeds 30 s and stops. max_initial_timestamp is a share of the
+    window to whisper: give 30 / seconds times as much, or None. Raises ValueError for what no window can be."""
     _parameters(model)
     old = model.encoder.positional_embedding
     if type(seconds) is bool or not isinstance(seconds, Real) or not 1 <= 50 * seconds <= len(old):
@@ -359,9 +351,8 @@ def window_(model: Whisper, seconds: float) -> Whisper:
 
 
 def save(model: Whisper, path: str | Path) -> None:
-    """Write OpenAI's format plus head counts and alignment heads to a .pt. whisper.load_model reads it where shapes are
-    stock; a pruned model needs `load`, or `expand` first. Written beside `path`, then renamed: what was there stays
-    whole, whatever fails."""
+    """Write OpenAI's format plus head counts and alignment heads to a .pt. whisper.load_model reads it where shapes
+    are stock; a pruned model needs `load`, or `expand` first. If writing fails, what was at `path` stays whole."""
     _parameters(model)
     checkpoint = {"dims": asdict(model.dims), "model_state_dict": model.state_dict(),
                   "heads": {name: attn.n_head for name, attn in _modules(model, MultiHeadAttention)},
@@ -376,9 +367,8 @@ def save(model: Whisper, path: str | Path) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
-    """The model in a file of `save` or of OpenAI, in torch's old format too; no code in the file is run. Weights become
-    float32, as with whisper.load_model; what a wrapper put before all names (module., _orig_mod.) is dropped. Raises
-    ValueError if the file is no such checkpoint."""
+    """The model in a file of `save` or of OpenAI, torch's old format too; no code in it is run. Weights become
+    float32, as with whisper.load_model; a prefix of all names (module., _orig_mod.) goes. ValueError if it is none."""
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         model, heads = Whisper(ModelDimensions(**checkpoint["dims"])), checkpoint.get("heads", {})
@@ -392,12 +382,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
             if f"{name}.index" in state:
                 linear.register_buffer("index", state[f"{name}.index"])
                 linear.__class__ = SelectingLinear
-        if "decoder.token_embedding.ids" in state:
-            _keep_rows(model, state["decoder.token_embedding.ids"], nn.Parameter(torch.empty(state[ROWS].shape)))
-        own = model.state_dict()
-        wrong = [name for name in own | state if name not in state or name not in own
-                 or own[name].shape != state[name].shape]
-        if wrong:
+        if "decoder.kept_ids" in state:
+            _keep_rows(model, state["decoder.kept_ids"], nn.Parameter(torch.empty(state[ROWS].shape)))
+        here, there = ({(name, t.shape) for name, t in s.items()} for s in (model.state_dict(), state))
+        if wrong := [*dict(sorted(here ^ there))]:
             raise ValueError(f"{len(wrong)} names are missing, unknown or of another shape: {', '.join(wrong[:3])}")
         model.load_state_dict(state)
         for name, attn in _modules(model, MultiHeadAttention):
@@ -406,8 +394,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
                 raise ValueError(f"no head count that fits {name}")
         _align(model, checkpoint.get("alignment_heads") or model.alignment_heads.indices().T.tolist())
     except OSError:
-        raise                              # there is no such file, or it cannot be read
-    except Exception as e:                 # any other: alien bytes can make torch.load raise anything
+        raise
+    except Exception as e:                 # bytes of another kind can make torch.load raise anything
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
                          f"write it with prune.save ({type(e).__name__}: {str(e).partition('. ')[0]})") from e
     return model.to(device)
@@ -415,11 +403,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
 
 @torch.no_grad()
 def expand(model: Whisper) -> Whisper:
-    """A copy in stock shapes filled up with zeros, the same function; saved, whisper.load_model reads it. Embedding rows
-    that `vocabulary_` removed come back as rows that never win; ValueError where `_all_rows` finds none."""
+    """A copy in stock shapes filled up with zeros, the same function; saved, whisper.load_model reads it. Embedding
+    rows that `vocabulary_` removed come back as rows that never win; ValueError where `_all_rows` finds none."""
     _parameters(model)
     new = Whisper(model.dims).to(model.device).train(model.training)
-    state = {name: t.clone() for name, t in model.state_dict().items() if name in new.state_dict()}
+    own = new.state_dict().keys()          # without index, row_of, kept_ids
+    state = {name: t.clone() for name, t in model.state_dict().items() if name in own}
     state[ROWS] = _all_rows(model.decoder) if isinstance(model.decoder, KeptDecoder) else state[ROWS]
     slots = {}                             # attention name -> where its rows go
     for name, attn in _modules(model, MultiHeadAttention):
@@ -441,24 +430,23 @@ def expand(model: Whisper) -> Whisper:
 
 def _keep_rows(model: Whisper, ids: Tensor, weight: nn.Parameter) -> None:
     """Make `weight` the embedding of `ids`, row by row."""
-    embedding, row_of = model.decoder.token_embedding, torch.full((model.dims.n_vocab,), -1)
-    embedding.weight, embedding.num_embeddings = weight, len(weight)
-    embedding.register_buffer("ids", ids.to(model.device))
-    embedding.register_buffer("row_of", row_of.index_copy_(0, ids, torch.arange(len(weight))).to(model.device))
-    embedding.__class__, model.decoder.__class__ = KeptEmbedding, KeptDecoder
+    decoder, row_of = model.decoder, torch.full((model.dims.n_vocab,), -1)
+    decoder.token_embedding = nn.Embedding.from_pretrained(weight, freeze=not weight.requires_grad)
+    decoder.register_buffer("kept_ids", ids.to(model.device))
+    decoder.register_buffer("row_of", row_of.index_copy_(0, ids, torch.arange(len(ids))).to(model.device))
+    decoder.__class__ = KeptDecoder
 
 
 def _all_rows(decoder: KeptDecoder) -> Tensor:
-    """The embedding with n_vocab rows; those that are gone share one logit, 100 below any other's, whatever is said.
-
-    LayerNorm gives w n + b, with sum(n) = 0 and ||n|| <= sqrt(d). So the row a / w has the logit a sum(b / w), and a row
-    E one of at least -(sqrt(d) ||E w|| + |E b|). ValueError if that sum is nearly 0, as in a Whisper never trained."""
-    embedding, w, b = decoder.token_embedding, decoder.ln.weight.double(), decoder.ln.bias.double()
-    E, share = embedding.weight.double(), (b / w).sum()
-    if not len(w) + (b / w).abs().sum() < 1000 * share.abs():
+    """The embedding with n_vocab rows; those that are gone share one logit, 100 below any other's, whatever is said:
+    LayerNorm gives w n + b, with sum(n) = 0 and ||n|| <= sqrt(d), so a row a / w has the logit a sum(b / w), and a
+    row E one of at least -(sqrt(d) ||E w|| + |E b|). ValueError if that sum is nearly 0, as before any training."""
+    w, b, E = (p.double() for p in (decoder.ln.weight, decoder.ln.bias, decoder.token_embedding.weight))
+    total = (b / w).sum()
+    if not len(w) + (b / w).abs().sum() < 1000 * total.abs():
         raise ValueError("decoder.ln allows no embedding row that never wins; expand the model before vocabulary_")
     lowest = -(len(w) ** 0.5 * (E * w).norm(dim=1) + (E @ b).abs()).max() - 100
-    return torch.where(embedding.row_of[:, None] < 0, lowest / share / w, E[embedding.row_of]).to(embedding.weight)
+    return torch.where(decoder.row_of[:, None] < 0, lowest / total / w, E[decoder.row_of]).to(decoder.ln.weight)
 
 
 def _unit_names(model: Whisper) -> list[str]:
@@ -486,8 +474,8 @@ def _shapes(model: Whisper) -> dict[str, list[int]]:
 
 
 def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, after a check that it is a Whisper, has values, and is the plan's. Blocks have to
-    hold Whisper's own parameters: elsewhere the wrong tensor would be cut, and nobody be told."""
+    """The model's parameters by name, after a check that it is a Whisper, has values, is the plan's, and that nothing
+    hides a block's weights: the wrong tensor would be cut, silently."""
     if not isinstance(model, Whisper):
         raise ValueError(f"a whisper.model.Whisper is needed, not a {type(model).__name__}; unwrap it")
     params, here = dict(model.named_parameters()), _shapes(model)
@@ -568,9 +556,8 @@ def _pass2(model: Whisper, keep: dict[str, Tensor], z2: float) -> dict[str, list
     """(2) for every matrix that the groups touch: mean, std, threshold, weights kept, of how many."""
     pass2, members = {}, [(p, axis, mask) for name, mask in keep.items() for p, axis in _members(name)]
     for name, linear in _modules(model, nn.Linear):
-        masks = {axis: mask for p, axis, mask in members if p == f"{name}.weight"}
-        w = linear.weight.detach().float().abs()
-        for axis, mask in masks.items():
+        masks, w = [m for m in members if m[0] == f"{name}.weight"], linear.weight.detach().float().abs()
+        for _, axis, mask in masks:
             w = w.index_select(axis, mask.nonzero().flatten().to(w.device))
         if masks:
             mean = w.mean(dtype=torch.float64).item()
