@@ -3,8 +3,8 @@
     python run.py                                       # embedded Hindi corpus and nano checkpoint: minutes, 2 cores
     python run.py --model small --data cv11_hi          # the paper's experiment: Common Voice 11.0 Hindi
     python run.py --model base.pt --data FOLDER --language en --window 10       # your own Whisper, your own speech
-    torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
     python run.py --model runs/nano-mini_hi/tspar.pt --transcribe a.wav b.mp3   # or --evaluate
+    torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
 
 Four models come out, measured on the same clips by the same code:
 
@@ -12,12 +12,11 @@ Four models come out, measured on the same clips by the same code:
     dense      fine-tuned without penalty: --steps, then --recovery-steps
     tspar      fine-tuned for --steps, pruned in two passes, then --recovery-steps on the smaller model
     imp        dense after --steps, then Iterative Magnitude Pruning (Han et al. 2015) to as many nonzero weights as
-               tspar has, in --rounds of prune and retrain that share the --recovery-steps
+               tspar has, in two rounds of prune and retrain that share the --recovery-steps
 
-All take the same number of steps, with the same clips in the same order at the same learning rates. The file reads from
-the top: `run` is the method, then come fine-tuning and measuring; what follows them (data, saved states, the command
-line) can wait. --out receives report.json, log.txt and the checkpoints dense.pt, tspar.pt, imp.pt, which prune.load
-reads (prune.expand gives tspar.pt stock shapes again).
+All take the same number of steps, with the same clips in the same order at the same learning rates. The file reads
+from the top: `run` is the method, then come fine-tuning and measuring; the rest can wait. --out receives report.json,
+log.txt, dense.pt, tspar.pt, imp.pt (prune.load reads them; prune.expand gives stock shapes).
 
 Order, augmentation and learning rate follow from the seed and the step number alone. So the same command with
 --resume goes on from the last saved step to the same result, and N processes with b clips each take the step that
@@ -81,7 +80,8 @@ RECIPES = {128: {"lr": 1e-3, "steps": 600, "batch": 8, "importance": "norm", "pe
            1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
 
 
-ROUNDS, CALIBRATION = (0.4, 0.7, 0.84, 0.92, 0.96, 1.0), 160      # of the share to remove; clips that refit_ looks at
+ROUNDS, CALIBRATION = (0.4, 0.7, 0.84, 0.92, 0.96, 1.0), 160      # shares of --target; clips that refit_ looks at
+IMP_ROUNDS, SAVE_EVERY = 2, 200             # 1, 5, 10 rounds in as many steps were worse on nano's dev; steps
 
 
 class Stop(Exception):
@@ -100,7 +100,7 @@ def need(ok, otherwise: str) -> None:
 
 def flag(default, text: str, *choices: str, kind: type | None = None):
     """A field of Settings that is a command-line flag too: its default, its --help line, what it may be."""
-    return field(default=default, metadata={"help": text, "choices": choices or None, "kind": kind or type(default)})
+    return field(default=default, metadata={"help": text, "choices": choices or None, "kind": kind or (str if default is None else type(default))})
 
 
 @dataclass(frozen=True)
@@ -111,34 +111,31 @@ class Settings:
     data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
     language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
     out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
-    window: float = flag(0.0, "seconds of audio that the encoder keeps positions for; 0 keeps all, 30 as a rule")
-    vocabulary: str = flag(None, "data keeps the tokens that train's sentences need, full all (nano data, others full)",
-                           "data", "full", kind=str)
-    steps: int = flag(None, "first phase, before pruning: more let the model adapt and curvature settle", kind=int)
+    window: float = flag(None, "seconds of audio the encoder takes, 30 if not given: fewer make all faster", kind=float)
+    vocabulary: str = flag(None, "data: only the tokens that train's sentences need (nano); full: all (the others)",
+                           "data", "full")
+    steps: int = flag(None, "first phase, before pruning: more let the weights settle", kind=int)
     recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)", kind=int)
     batch: int = flag(None, "clips a step and process", kind=int)
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
-    lr: float = flag(None, "learning rate of the first phase (small 1.25e-5, medium 6.25e-6)", kind=float)
+    lr: float = flag(None, "learning rate of the first phase", kind=float)
     recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)", kind=float)
-    importance: str = flag(None, "what pass 1 ranks groups by: curvature of the loss, or norm, the paper's wording",
-                           "curvature", "norm", kind=str)
-    penalty: str = flag(None, "loss adds the penalty's gradient (the paper's wording), prox takes the proximal step",
-                        "loss", "prox", "none", kind=str)
+    importance: str = flag(None, "what pass 1 compares: curvature of the loss, or norm, the paper's wording",
+                           "curvature", "norm")
+    penalty: str = flag(None, "loss adds the penalty's gradient, the paper's wording; prox takes the proximal step",
+                        "none", "loss", "prox")
     l1: float = flag(0.5, "strength on single weights, in units of the gradient: higher makes them smaller")
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1", kind=float)
     z1: float = flag(-0.25, "pass 1, standard deviations from the mean: higher removes more groups")
     z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
-    rounds: int = flag(2, "rounds of Iterative Magnitude Pruning: each needs some hundred steps to recover in")
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
     limit: int = flag(0, "take only the first clips of each split, for a quick look; 0 takes all")
     seed: int = flag(0, "order of the clips, augmentation, bootstrap")
     device: str = flag("", "cpu or cuda; cuda where there is one")
-    precision: str = flag(None, "of activations; weights and penalty stay fp32 (bf16 where the machine is fast at it)",
-                          "fp32", "bf16", kind=str)
+    precision: str = flag(None, "of activations; bf16 where the machine is fast at it, nano fp32", "fp32", "bf16")
     workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)", kind=int)
-    save_every: int = flag(200, "steps between saved states")
     resume: bool = flag(False, "go on where the same command was interrupted")
     overwrite: bool = flag(False, "replace what an earlier run left in OUT")
     evaluate: bool = flag(False, "only measure the model")
@@ -239,10 +236,10 @@ def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | Non
 
 def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float) -> None:
     """The baseline: after round r of R, (1 - share)^(r/R) of the Linear weights are left, and the model retrains."""
-    for r in range(s.rounds):
-        prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / s.rounds))
-        steps = s.recovery_steps * (r + 1) // s.rounds - s.recovery_steps * r // s.rounds
-        fine_tune(model, train, replace(recovery(s), steps=steps), f"imp: round {r + 1} of {s.rounds}")
+    for r in range(IMP_ROUNDS):
+        prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / IMP_ROUNDS))
+        steps = s.recovery_steps * (r + 1) // IMP_ROUNDS - s.recovery_steps * r // IMP_ROUNDS
+        fine_tune(model, train, replace(recovery(s), steps=steps), f"imp: round {r + 1} of {IMP_ROUNDS}")
 
 
 def recovery(s: Settings) -> Settings:
@@ -335,7 +332,7 @@ class Objective(torch.nn.Module):
             logits = decoder(inputs, audio)
         else:                                    # rows that are gone have the probability 0, so no part in the sum
             logits = decoder.kept_logits(inputs, audio)
-            targets = torch.where(targets < 0, targets, decoder.token_embedding.row_of[targets])
+            targets = torch.where(targets < 0, targets, decoder.row_of[targets])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
@@ -356,14 +353,11 @@ def summed(x: float, s: Settings) -> float:
 
 def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list[dict], dict[str, list[str]]]:
     """One row a model, with the encoder's latency on one clip, the models taking turns; and all transcripts."""
-    latency = flops.measure([*models.values()] if RANK == 0 else [], clips.mel(0)[None].to(s.device), n_new=1)
-    rows, texts = [], {"reference": clips.sentences}
-    for i, (name, model) in enumerate(models.items()):
-        texts[name] = transcribe(model, clips, s)
-        if RANK == 0:
-            rows.append({"name": name, **figures(model, clips, texts[name], s),
-                         "latency_ms": 1000 * latency[i]["encoder_seconds"]})
-    return rows, texts
+    latency = flops.measure([*models.values()], clips.mel(0)[None].to(s.device), n_new=1)
+    texts = {name: transcribe(model, clips, s) for name, model in models.items()}
+    rows = [{"name": name, **figures(model, clips, texts[name], s), "latency_ms": 1000 * took["encoder_seconds"]}
+            for (name, model), took in zip(models.items(), latency)]
+    return rows, texts | {"reference": clips.sentences}
 
 
 def figures(model: Whisper, clips: Clips, texts: list[str], s: Settings) -> dict:
@@ -402,7 +396,7 @@ def look(model: Whisper, s: Settings) -> None:
         print(f"{path}\t{heard(model, path, s)}", flush=True)
     if s.evaluate:
         rows, _ = compare({Path(s.model).stem[:8]: model}, load_clips(model, s.split, s), s)
-        print(table(rows)) if RANK == 0 else None
+        print(table(rows))
 
 
 def decoding(model: Whisper, s: Settings, **more) -> whisper.DecodingOptions:
@@ -413,20 +407,12 @@ def decoding(model: Whisper, s: Settings, **more) -> whisper.DecodingOptions:
 
 
 def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
-    """Greedy whisper.decode, 40 clips at a time; each process its share, all get all."""
-    loader, texts, options = batches(clips, s, share(len(clips), 40)), [], decoding(model, s)
-    for mels, _, _ in tqdm(loader, "transcribe", leave=False, ncols=80, disable=RANK > 0 or None):
+    """Greedy whisper.decode, 40 clips at a time."""
+    keys, texts, options = [(i,) for i in range(len(clips))], [], decoding(model, s)
+    loader = batches(clips, s, [keys[i: i + 40] for i in range(0, len(keys), 40)])
+    for mels, _, _ in tqdm(loader, "transcribe", leave=False, ncols=80, disable=None):
         texts += [result.text for result in whisper.decode(model, mels.to(s.device), options)]
-    if WORLD == 1:
-        return texts
-    longest = torch.tensor(max([len(text.encode()) for text in texts], default=0), device=s.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    rows = torch.zeros(math.ceil(len(clips) / WORLD), int(longest), dtype=torch.uint8)      # bytes: nothing to unpickle
-    for row, text in zip(rows, texts):
-        row[:len(text.encode())] = torch.tensor([*text.encode()], dtype=torch.uint8)
-    parts = [torch.empty_like(rows, device=s.device) for _ in range(WORLD)]
-    dist.all_gather(parts, rows.to(s.device))
-    return [bytes(parts[i % WORLD][i // WORLD].tolist()).rstrip(b"\0").decode() for i in range(len(clips))]
+    return texts
 
 
 def heard(model: Whisper, path: str, s: Settings) -> str:
@@ -487,38 +473,32 @@ def table(rows: list[dict]) -> str:
 
 
 def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
-    """What the figures say in words, and what to turn where they show a known failure."""
-    row = {r["name"]: r for r in rows}
-    change = row["tspar"]["wer"] - row["dense"]["wer"]
-    low, high = interval(np.subtract(row["tspar"]["errors"], row["dense"]["errors"]), row["dense"]["words"], 0)
-    lines = [f"WER of tspar less that of dense: {change:+.1f} points (95% interval {low:+.1f} to {high:+.1f}): " + (
-        "pruned too far; lower --z1, the strengths or --target, or raise --recovery-steps." if low > 0 else
-        "no loss that these clips can show." if high >= 0 else "better.")]
-    if low > 0 and row["tspar"]["loss"] > 1.5 * row["dense"]["loss"]:
-        lines.append(f"Recovery has not recovered: its loss ends at {row['tspar']['loss']:.3f}, dense's at {row['dense']['loss']:.3f}; "
+    """What the figures say in words, and what to turn where they show a loss."""
+    row, (gone, of) = {r["name"]: r for r in rows}, plan.removed()
+    dense, tspar = row["dense"], row["tspar"]
+    low, high = interval(np.subtract(tspar["errors"], dense["errors"]), dense["words"], 0)
+    lines = [f"WER of tspar less that of dense: {tspar['wer'] - dense['wer']:+.1f} points, with {gone / of:.0%} of the block "
+             f"parameters gone (95% interval {low:+.1f} to {high:+.1f}): " + (
+                 "pruned too far; lower --target, or raise --recovery-steps." if low > 0 else
+                 "no loss that these clips can show." if high >= 0 else "better.")]
+    if low > 0 and tspar["loss"] > 1.5 * dense["loss"]:
+        lines.append(f"Recovery has not recovered: its loss ends at {tspar['loss']:.3f}, dense's at {dense['loss']:.3f}; "
                      "raise --recovery-steps, then --recovery-lr.")
-    gone, of = plan.removed()
-    if gone < 0.1 * of:
-        lines.append(f"Only {gone / of:.1%} of the block parameters are gone: raise --steps, the strengths or --z1.")
-    for side in ("encoder", "decoder"):
-        left = {name: keep.double().mean().item() for name, keep in plan.keep.items() if name.startswith(side)}
-        bare = [name for name, share in left.items() if share < 0.1]
-        if bare and np.mean([*left.values()]) > 0.3:
-            lines.append(f"Nearly emptied while the rest of the {side} is whole: {', '.join(bare)}; lower the {side}'s strengths.")
     return "\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in lines)
 
 
 def draw(plan: prune.Plan, file) -> None:
-    """The histogram as a picture: group norms of each side and the cut of pass 1."""
+    """n_j of every group as a picture, encoder beside decoder, with the threshold of pass 1."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for side, axis in zip(("encoder", "decoder"), axes):
-        norms, cut = plan.pooled(side)
-        axis.hist(norms.numpy(), 50)
-        axis.axvline(cut, color="black", linestyle="--", label=f"cut of pass 1: {(norms < cut).double().mean():.0%} below")
-        axis.set(title=f"{side}: {len(norms):,} groups", xlabel="norm / square root of size", ylabel="groups")
+        names = [name for name in plan.norms if name.startswith(side)]
+        norms, cut = torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
+        axis.hist(norms.clamp(max=norms.quantile(0.98)).numpy(), 50)         # the last bar holds the long tail
+        axis.axvline(cut, color="black", linestyle="--", label=f"threshold: {(norms < cut).double().mean():.0%} below")
+        axis.set(title=f"{side}: {len(norms):,} groups", xlabel="n_j", ylabel="groups")
         axis.legend()
     figure.savefig(file, dpi=120, format="png")
 
@@ -641,12 +621,6 @@ def ignore_ctrl_c(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def share(n: int, batch: int) -> list[list[tuple]]:
-    """Keys of this process's share of n clips: RANK, RANK + WORLD, ..."""
-    mine = [(i,) for i in range(RANK, n, WORLD)]
-    return [mine[i: i + batch] for i in range(0, len(mine), batch)]
-
-
 # ------------------------------------------------------------------------------------------------------ nothing is lost
 
 class Phase:
@@ -684,7 +658,7 @@ class Phase:
             beta, moments = self.optimizer.param_groups[0]["betas"][1], self.optimizer.state
             self.curvature = {name: moments[p]["exp_avg_sq"] / (1 - beta ** float(moments[p]["step"]))
                               for name, p in self.model.named_parameters() if p in moments}
-        if self.step == self.s.steps or self.step % self.s.save_every == 0:
+        if self.step == self.s.steps or self.step % SAVE_EVERY == 0:
             self.save()
 
     def __enter__(self):
@@ -739,9 +713,9 @@ def say(s: Settings, text: str) -> None:
 def start_folder(s: Settings, model: Whisper) -> None:
     """Make --out, or find in it what --resume goes on with. What an earlier run left goes only when told so."""
     out, kept = Path(s.out), Path(s.out) / "settings.json"
-    changeable = {"resume", "overwrite", "plot", "workers", "save_every"}
+    changeable = {"resume", "overwrite", "plot", "workers"}
     if not (out / "state/tspar-recover.pt").exists():
-        changeable |= {"z1", "z2", "target", "rounds", "importance"}       # nothing has been pruned yet
+        changeable |= {"z1", "z2", "target", "importance"}       # nothing has been pruned yet
     ours = {name: value for name, value in asdict(s).items() if name != "transcribe"}
     ours |= {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
     record = lambda: write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
@@ -756,7 +730,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
         return say(s, "\nresumed")
     need(not out.exists() or s.overwrite and out.is_dir() or out.is_dir() and not any(out.iterdir()),
          f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
-    size = 4 * (12 + s.rounds) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
+    size = 4 * (12 + IMP_ROUNDS) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
     try:
         space = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
         need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; "
@@ -803,7 +777,7 @@ def settings(argv: list[str] | None) -> Settings:
 
 def check(s: Settings) -> None:
     """Refuse what has no meaning, flag by flag and flag against flag."""
-    limits = dict.fromkeys(("batch", "accumulate", "save_every", "rounds"), (1, math.inf)) | {
+    limits = dict.fromkeys(("batch", "accumulate"), (1, math.inf)) | {
         "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
@@ -827,10 +801,7 @@ def completed(s: Settings, model: Whisper) -> Settings:
     recipe.setdefault("recovery_lr", recipe["lr"])
     recipe.setdefault("workers", min(8, os.cpu_count()))
     recipe.setdefault("precision", "bf16" if "cuda" in s.device or fast_bf16() else "fp32")
-    s = Settings(**recipe)
-    need(s.rounds <= max(1, s.recovery_steps),
-         f"--rounds {s.rounds} is more than there are --recovery-steps to share; lower it")
-    return s
+    return Settings(**recipe)
 
 
 def fast_bf16() -> bool:
@@ -869,6 +840,10 @@ def load_model(s: Settings) -> Whisper:
     except (OSError, RuntimeError) as error:     # urllib's URLError is an OSError; RuntimeError: a broken download
         raise Stop(f"the weights of {s.model} could not be fetched ({error}); download {whisper._MODELS[s.model]} into "
                    f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model") from None
+    try:
+        prune.window_(model, s.window) if s.window is not None else None
+    except ValueError as error:
+        raise Stop(f"--window: {error}") from None
     need(s.language == "en" or model.is_multilingual,
          f"--model {s.model} knows English alone and --language is {s.language}; take the model without .en")
     return model.eval()
@@ -878,6 +853,10 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     """What is about to be done and how long it will take, from three steps and one batch of decoding on a copy."""
     for split, some in clips.items():
         say(s, f"{split:<6}{len(some):>6,} clips   {some.left_out}".rstrip())
+    rows, of = len(model.decoder.token_embedding.weight), model.dims.n_vocab
+    if rows < of:
+        say(s, f"vocabulary: {rows:,} of {of:,} tokens stay, bytes and special ones among them, "
+               f"{(of - rows) * model.dims.n_text_state / 1e6:.1f} M parameters less")
     trial, train, test, took = copy.deepcopy(model), clips["train"], clips[s.split], []
     net, optimizer = Objective(trial), torch.optim.AdamW(trial.parameters(), 0.0)
     loader, n_targets = steps_of(train, replace(s, steps=3), 0)
