@@ -1,7 +1,7 @@
 """Make tests/data/mini_hi: everyday Hindi sentences spoken by espeak-ng, in Common Voice's folder layout.
 
     python tests/make_mini_hi.py                                    # needs the espeak-ng program (apt install espeak-ng); about 2 minutes
-    python tests/make_mini_hi.py --voice en --out runs/mini_en      # English by the same rules, for the study; not shipped
+    python tests/make_mini_hi.py --voice en --out runs/mini_en      # English by the same rules; not shipped
 
     train.tsv  1,400 clips   11 voices x 2 settings of pitch and speed
     dev.tsv      240 clips   80 by the same voices, 160 by two heard nowhere else

@@ -1,7 +1,7 @@
 """Make tests/data/nano.pt: a Whisper of 8 million parameters, trained from nothing on tests/data/mini_hi alone.
 
     python tests/make_nano.py                                                                         # 1,800 steps
-    python tests/make_nano.py --data runs/mini_en --language en --out runs/nano_en.pt                 # for the study
+    python tests/make_nano.py --data runs/mini_en --language en --out runs/nano_en.pt                 # English
 
 It is a stock openai-whisper checkpoint ({"dims", "model_state_dict"}): whisper.load_model reads it, whisper.decode decodes with
 it. Its window is 3 s instead of 30, its width 128, its vocabulary the full multilingual one, so everything that

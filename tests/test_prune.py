@@ -17,7 +17,6 @@ from torch.nn.utils import prune as torch_prune
 from whisper.model import Linear, ModelDimensions, MultiHeadAttention, Whisper, disable_sdpa
 
 import prune
-from study import uniform
 
 SMALL = ModelDimensions(80, 40, 64, 2, 2, 300, 24, 64, 2, 3)            # head width 32
 SHAPES = {"two heads of 32": SMALL,
@@ -34,6 +33,18 @@ def make(dims: ModelDimensions = SMALL, seed: int = 0) -> Whisper:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     return model
+
+
+def uniform(model: Whisper, fraction: float, per_layer: bool = False, multiple: int = 8) -> prune.Plan:
+    """Baseline: the `fraction` of units with the smallest n_j, over the model or in each layer and kind, evened as two_pass
+    does. ValueError if fraction is not in [0, 1)."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction is {fraction}; give a number from 0 up to, but not including, 1")
+    plan = prune.two_pass(model, z2=None, multiple=multiple)
+    pools = plan.norms if per_layer else dict.fromkeys(plan.norms, torch.cat(list(plan.norms.values())))
+    cuts = {name: pool.sort().values[int(fraction * len(pool))].item() for name, pool in pools.items()}
+    keep = prune._even(model, plan.norms, cuts, multiple)
+    return replace(plan, settings={"fraction": fraction, "multiple": multiple}, cuts=cuts, keep=keep)
 
 
 @torch.no_grad()
