@@ -1,7 +1,7 @@
 """Rehearse the real run: random weights in OpenAI's file format, a Common Voice folder of mp3, two steps of every phase.
 
     python tests/rehearse.py                    # small's dimensions, minutes on a CPU
-    python tests/rehearse.py medium 16 --device cuda --checkpointing          # size, clips a step, flags of run.py
+    python tests/rehearse.py medium 16 --device cuda --window 10          # size, clips a step, flags of run.py
 
 Nothing is learned; what must hold is that everything loads, trains, stops, resumes, prunes, scores and saves. Prints what the
 steps took, the peak of memory, and how fast clips are decoded, which a training step must not outrun.
@@ -59,13 +59,13 @@ def common_voice(folder: Path, rows: int = 3) -> Path:
 
 
 def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
-    """Two steps of every phase, interrupted in the third step of all, and resumed. Returns OUT."""
+    """Two steps of every phase, interrupted in the third step of training, and resumed. Returns OUT."""
     arguments = ["--model", str(checkpoint(folder / f"{size}.pt", size)), "--data", str(common_voice(folder / "cv")), "--steps", "2",
-                 "--recovery-steps", "2", "--rounds", "1", "--eval-every", "2", "--batch", str(batch), "--out", str(folder / "out"), *flags]
-    backward, options, seconds = run.backward, whisper.DecodingOptions, []
+                 "--recovery-steps", "2", "--batch", str(batch), "--out", str(folder / "out"), *flags]
+    backward, decoding, seconds = run.backward, run.decoding, []
 
     def timed(*given):
-        if len(seconds) == 2:
+        if len(seconds) == 5:                    # three were for the estimate
             seconds.append(0)
             raise KeyboardInterrupt
         started = time.perf_counter()
@@ -73,12 +73,12 @@ def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
         seconds.append(time.perf_counter() - started)
         return loss
     run.backward = timed
-    whisper.DecodingOptions = partial(options, sample_len=8)         # random weights would never come to an end
+    run.decoding = partial(decoding, sample_len=8)                   # random weights would never come to an end
     try:
         assert run.main(arguments) == 130, "interrupted"
         assert run.main([*arguments, "--resume"]) == 0, "resumed to the end"
     finally:
-        run.backward, whisper.DecodingOptions = backward, options
+        run.backward, run.decoding = backward, decoding
     for name in ("dense", "tspar", "imp"):
         prune.load(folder / "out" / f"{name}.pt")
     whisper.load_model(str(folder / "out/dense.pt"), device="cpu")
