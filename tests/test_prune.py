@@ -492,7 +492,9 @@ def test_vocabulary_by_hand():
     assert new.weight.shape == (258, 64) and new.num_embeddings == 258 and small.dims == model.dims
     assert small.decoder.kept_ids.tolist() == [*range(256), 260, 270]
     assert small.decoder.row_of[[3, 259, 260, 270]].tolist() == [3, -1, 256, 257]
-    assert torch.equal(new.weight, old.weight[[*range(256), 260, 270]])
+    assert torch.equal(new.weight, old.weight[[*range(256), 260, 270]]) and new.weight.requires_grad
+    old.weight.requires_grad_(False)
+    assert not prune.vocabulary_(model, [260]).decoder.token_embedding.weight.requires_grad, "frozen stays frozen"
 
 
 def test_vocabulary_keeps_what_whisper_needs(cut):
@@ -610,7 +612,8 @@ def test_vocabulary_and_removal_in_either_order(cut):
     first = prune.vocabulary_(prune.remove_(copy.deepcopy(model), plan), ids)
     last = prune.remove_(prune.vocabulary_(copy.deepcopy(model), ids), plan)
     fresh = prune.vocabulary_(copy.deepcopy(model), ids)
-    assert str(prune.two_pass(fresh)) == str(plan) and prune.magnitude_(copy.deepcopy(fresh), 0.5) == prune.magnitude_(copy.deepcopy(model), 0.5)
+    assert str(prune.two_pass(fresh)) == str(plan)
+    assert prune.magnitude_(copy.deepcopy(fresh), 0.5) == prune.magnitude_(copy.deepcopy(model), 0.5)
     masked = prune.vocabulary_(prune.mask_(copy.deepcopy(model), plan), ids)
     mel, tokens = inputs(model)[0], torch.tensor([[50258, *ids[:4]]] * 2)
     with torch.no_grad():
@@ -964,6 +967,8 @@ def test_bad_vocabularies_and_windows():
     for seconds in (0.81, 30, 0, -1, 0.01, math.nan, math.inf, -math.inf, "1", None, True, [1]):
         with pytest.raises(ValueError, match=r"seconds is .*; give a number from 0.02, one position, to 0.8"):
             prune.window_(model, seconds)
+    with pytest.raises(ValueError, match="seconds is True"):
+        prune.window_(make(SPEECH), True)                # one second, were it a number
     assert before.keys() == model.state_dict().keys() and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert type(model.decoder) is whisper.model.TextDecoder and model.dims == SMALL
 
@@ -1031,8 +1036,9 @@ def test_old_files_and_prefixes(tmp_path):
         torch.save({**new, "model_state_dict": state}, path, _use_new_zipfile_serialization=prefix == "module.")
         assert torch.equal(logits(prune.load(path)), logits(model))
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    for length in (0, 10, 1000, *rng.integers(0, len(whole) - 1, 20)):
-        path.write_bytes(whole[:length])
+    alien = [b"not a checkpoint at all\n" * 9, rng.bytes(5000), *(whole[:n] for n in (0, 10, 1000, *rng.integers(0, len(whole) - 1, 20)))]
+    for content in alien:
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="^.*old.pt is no Whisper checkpoint .*prune.save") as e:
             prune.load(path)
         assert len(str(e.value)) < len(str(path)) + 300 and "\n" not in str(e.value)
