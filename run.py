@@ -6,17 +6,10 @@
     python run.py --model runs/nano-mini_hi/tspar.pt --transcribe a.wav b.mp3   # or --evaluate
     torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
 
-Four models come out, measured on the same clips by the same code:
-
-    original   the checkpoint as it came
-    dense      fine-tuned without penalty: --steps, then --recovery-steps
-    tspar      fine-tuned for --steps, pruned in two passes, then --recovery-steps on the smaller model
-    imp        dense after --steps, then Iterative Magnitude Pruning (Han et al. 2015) to as many nonzero weights as
-               tspar has, in two rounds of prune and retrain that share the --recovery-steps
-
-All take the same number of steps, with the same clips in the same order at the same learning rates. The file reads
-from the top: `run` is the method, then come fine-tuning and measuring; the rest can wait. --out receives report.json,
-log.txt, dense.pt, tspar.pt, imp.pt (prune.load reads them; prune.expand gives stock shapes).
+Four models are measured on the same clips by the same code: original, dense, tspar, imp (MODELS says what each is).
+The last three take the same number of steps, with the same clips in the same order at the same learning rates. The
+file reads from the top: `run` is the method, then come fine-tuning and measuring; the rest can wait. --out receives
+report.json, log.txt, dense.pt, tspar.pt, imp.pt (prune.load reads them; prune.expand gives stock shapes).
 
 Order, augmentation and learning rate follow from the seed and the step number alone. So the same command with
 --resume goes on from the last saved step to the same result, and N processes with b clips each take the step that
@@ -27,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -42,7 +34,6 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 import jiwer
@@ -65,85 +56,18 @@ import prune
 from normalize_hi import normalize
 from tspar import SparseGroupLasso, columns
 
-ROOT = Path(__file__).resolve().parent
-EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
-RANK, WORLD = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))       # torchrun sets them
-
-# By width of the model. nano's and base's rows were chosen on dev clips (README, "Chosen on dev"). The other rows are
-# scaled from base's: the rate by the ratio of the highest rates in pre-training (Radford et al. 2022, appendix F),
-# steps and clips as fine-tuning on Common Voice commonly takes them; none of these has been run.
-OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
-          "target": 0.35}
-RECIPES = {128: {"lr": 1e-3, "steps": 600, "batch": 8, "importance": "norm", "penalty": "loss", "vocabulary": "data",
-                 "target": 0.5, "workers": 0, "precision": "fp32"},
-           384: {"lr": 3.75e-5}, 512: {"lr": 2.5e-5, "steps": 250, "batch": 8}, 768: {"lr": 1.25e-5},
-           1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
-
-
+MODELS = {"original": "the checkpoint as it came; the others start from it",
+          "dense": "fine-tuned, nothing removed: what tspar has to match",
+          "tspar": "fine-tuned, pruned in two passes, recovered: its matrices are smaller",
+          "imp": "as many single weights of dense set to zero, recovered: nothing smaller"}
 ROUNDS, CALIBRATION = (0.4, 0.7, 0.84, 0.92, 0.96, 1.0), 160      # shares of --target; clips that refit_ looks at
 IMP_ROUNDS, SAVE_EVERY = 2, 200             # 1, 5, 10 rounds in as many steps were worse on nano's dev; steps
+RESULTS = ("report.json", "log.txt", "dense.pt", "tspar.pt", "imp.pt")
+ROOT = Path(__file__).resolve().parent
+RANK, WORLD = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))       # torchrun sets them
 
 
-class Stop(Exception):
-    """The end of the run in one sentence for the user: what came, what is needed, what to do."""
-
-    def __init__(self, text: str, code: int = 2):
-        super().__init__(text)
-        self.code = code                    # 2: bad input, before anything slow; 1: it happened on the way
-
-
-def need(ok, otherwise: str) -> None:
-    """Stop with that sentence, if not ok."""
-    if not ok:
-        raise Stop(otherwise)
-
-
-def flag(default, text: str, *choices: str, kind: type | None = None):
-    """A field of Settings that is a command-line flag too: its default, its --help line, what it may be."""
-    return field(default=default, metadata={"help": text, "choices": choices or None, "kind": kind or (str if default is None else type(default))})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One flag each; the text says what moving it does. None: RECIPES has the value for the model's size."""
-    model: str = flag("nano", "nano, a name openai-whisper knows (small, medium, ...), or a .pt file")
-    data: str = flag("mini_hi", "mini_hi, cv11_hi, or a folder with train.tsv, dev.tsv, test.tsv and clips/")
-    data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
-    language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
-    out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
-    window: float = flag(None, "seconds of audio the encoder takes, 30 if not given: fewer make all faster", kind=float)
-    vocabulary: str = flag(None, "data: only the tokens that train's sentences need (nano); full: all (the others)",
-                           "data", "full")
-    steps: int = flag(None, "first phase, before pruning: more let the weights settle", kind=int)
-    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)", kind=int)
-    batch: int = flag(None, "clips a step and process", kind=int)
-    accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
-    lr: float = flag(None, "learning rate of the first phase", kind=float)
-    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)", kind=float)
-    importance: str = flag(None, "what pass 1 compares: curvature of the loss, or norm, the paper's wording",
-                           "curvature", "norm")
-    penalty: str = flag(None, "loss adds the penalty's gradient, the paper's wording; prox takes the proximal step",
-                        "none", "loss", "prox")
-    l1: float = flag(0.5, "strength on single weights, in units of the gradient: higher makes them smaller")
-    l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
-    groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
-    target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1", kind=float)
-    z1: float = flag(-0.25, "pass 1, standard deviations from the mean: higher removes more groups")
-    z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
-    split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
-    limit: int = flag(0, "take only the first clips of each split, for a quick look; 0 takes all")
-    seed: int = flag(0, "order of the clips, augmentation, bootstrap")
-    device: str = flag("", "cpu or cuda; cuda where there is one")
-    precision: str = flag(None, "of activations; bf16 where the machine is fast at it, nano fp32", "fp32", "bf16")
-    workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)", kind=int)
-    resume: bool = flag(False, "go on where the same command was interrupted")
-    overwrite: bool = flag(False, "replace what an earlier run left in OUT")
-    evaluate: bool = flag(False, "only measure the model")
-    transcribe: list = flag((), "only print the text of these audio files", kind=str)
-    plot: bool = flag(False, "also draw OUT/plot.png (needs matplotlib)")
-
-
-# ----------------------------------------------------------------------------------------------------------- the method
+# ---------------------------------------------------------------------------------------------------------- the method
 
 def run(s: Settings) -> None:
     """The method, top to bottom: load, fine-tune, prune, recover, compare, report."""
@@ -158,7 +82,8 @@ def run(s: Settings) -> None:
     if RANK == 0:
         start_folder(s, model)
     summed(0, s)                                 # the others wait; if process 0 stops here, torchrun stops them all
-    announce(model, clips, s)
+    if not s.resume:
+        announce(model, clips, s)
 
     clock, dense = [time.time()], copy.deepcopy(model)
     first = fine_tune(dense, train, s, "dense: fine-tune")
@@ -180,7 +105,7 @@ def run(s: Settings) -> None:
     clock.append(time.time())
 
     if RANK == 0:
-        models = {"original": original, "dense": dense, "tspar": pruned, "imp": imp}
+        models = dict(zip(MODELS, (original, dense, pruned, imp)))
         rows, texts = compare(models, clips[s.split], s)
         seconds = np.diff([*clock, time.time()]).round(1).tolist()
         for row in rows:
@@ -215,7 +140,7 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
             prune.mask_(model, plan)
     prune.remove_(model, plan)
     gone, of = plan.removed()
-    say(s, f"{'tspar: two passes':<22}{gone:,} of {of:,} block parameters removed ({gone / of:.1%})")
+    say(s, f"{'tspar: two passes':<20}{gone:,} of {of:,} parameters in blocks ({gone / of:.1%}) removed")
     return plan
 
 
@@ -228,14 +153,15 @@ def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | Non
     """Two passes, at --z1 or at the threshold that removes --target."""
     curvature = curvature if s.importance == "curvature" else None
     at = lambda z1: prune.two_pass(model, groups_of(model, s), z1, s.z2, curvature=curvature)
-    try:
-        return prune.target(s.target, at) if s.target else at(s.z1)
-    except ValueError as error:
-        raise Stop(f"--target {s.target}: {error}") from None
+    with blame("--model"):
+        plan = at(s.z1)
+    with blame("--target"):
+        return prune.target(s.target, at) if s.target else plan
 
 
 def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float) -> None:
-    """The baseline: after round r of R, (1 - share)^(r/R) of the Linear weights are left, and the model retrains."""
+    """The baseline (Han et al. 2015): after round r of R, (1 - share)^(r/R) of the Linear weights are left, and the
+    model retrains; the rounds share the second phase's steps."""
     for r in range(IMP_ROUNDS):
         prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / IMP_ROUNDS))
         steps = s.recovery_steps * (r + 1) // IMP_ROUNDS - s.recovery_steps * r // IMP_ROUNDS
@@ -247,44 +173,97 @@ def recovery(s: Settings) -> Settings:
     return replace(s, steps=s.recovery_steps, lr=s.recovery_lr)
 
 
-# ---------------------------------------------------------------------------------------------------------- fine-tuning
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+@dataclass
+class Phase:
+    """How far a phase has come. `curvature`, once it is finished: parameter name -> mean squared gradient, which Adam
+    has kept as its second moment (here bias-corrected) anyway."""
+    step: int = 0
+    losses: list[float] = field(default_factory=list)          # of the last 20 steps, nats a token without penalty
+    curvature: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return float(np.mean(self.losses or [math.nan]))
+
 
 def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> Phase:
     """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero.
 
-    Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero over
-    the first half: groups that turn out useful have moved before it presses on all.
+    Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero
+    over the first half: groups that turn out useful have moved before it presses on all.
     """
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
-    warm_up, phase = max(1, min(50, s.steps // 5)), Phase(model, s, title)
-    first, net = phase.step, Objective(model)
+    optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
+    phase = taken_up(path, model, optimizer, s)
+    first, net, warm_up = phase.step, Objective(model), max(1, min(50, s.steps // 5))
     if WORLD > 1:
         net = DistributedDataParallel(net, broadcast_buffers=False, init_sync=False)
     loader, n_targets = steps_of(train, s, first)
     bar = tqdm(initial=first, total=s.steps, desc=title, leave=False, ncols=80, disable=RANK > 0 or None)
-    with phase, bar:
+    with interrupts() as asked, bar:
         for step in range(first, s.steps):
-            with undivided():
-                for group in phase.optimizer.param_groups:
-                    group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
-                loss = backward(net, phase.optimizer, loader, n_targets[step], s)
-                if penalty:
-                    penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
-                if penalty and s.penalty == "loss":
-                    penalty.add_gradient_()          # once, after all-reduce and clipping: it depends on neither
-                phase.optimizer.step()
-                if penalty and s.penalty == "prox":
-                    penalty.prox_(phase.optimizer)
-                for weight, keep in zeros:
-                    weight.data.mul_(keep)
-                phase.stepped(loss)
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
+            loss = backward(net, optimizer, loader, n_targets[step], s)
+            if penalty:
+                penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
+            if penalty and s.penalty == "loss":
+                penalty.add_gradient_()          # once, after all-reduce and clipping: it depends on neither
+            optimizer.step()
+            if penalty and s.penalty == "prox":
+                penalty.prox_(optimizer)
+            for weight, keep in zeros:
+                weight.data.mul_(keep)
+            phase.step, phase.losses = step + 1, [*phase.losses[-19:], loss]
+            if asked or phase.step == s.steps or phase.step % SAVE_EVERY == 0:
+                keep_phase(path, phase, model, optimizer, s)
+            if asked:
+                raise KeyboardInterrupt
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
     model.eval()
     if first < s.steps or not s.resume:          # a phase that --resume found finished has been reported
-        loss = f"loss {phase.loss:.3f}" if phase.losses else "untouched"
-        say(s, f"{title:<22}{s.steps:>5} steps   lr {s.lr:.0e}   {loss}   {time.time() - started:5.0f} s")
+        loss = f"loss {phase.loss:.3f} nats a token" if phase.losses else "untouched"
+        say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: {loss}, {time.time() - started:.0f} s")
     return phase
+
+
+def taken_up(path: Path, model: Whisper, optimizer: torch.optim.Optimizer, s: Settings) -> Phase:
+    """The phase that lies at `path`, for --resume to go on with, its weights in model and optimizer; or a new one."""
+    if not (s.resume and path.is_file()):
+        return Phase()
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(saved.pop("model"))
+    moments = saved.pop("optimizer")
+    if moments:                                  # a finished phase has none
+        optimizer.load_state_dict(moments)
+    return Phase(**saved)
+
+
+def keep_phase(path: Path, phase: Phase, model: Whisper, optimizer: torch.optim.Optimizer, s: Settings) -> None:
+    """To OUT/state. A finished phase trades Adam's moments for the curvature."""
+    moments = optimizer.state_dict()
+    if phase.step == s.steps:
+        beta = optimizer.param_groups[0]["betas"][1]
+        phase.curvature = {name: optimizer.state[p]["exp_avg_sq"] / (1 - beta ** float(optimizer.state[p]["step"]))
+                           for name, p in model.named_parameters() if p in optimizer.state}
+        moments = None
+    write(path, lambda file: torch.save({"model": model.state_dict(), "optimizer": moments, **vars(phase)}, file))
+
+
+@contextmanager
+def interrupts():
+    """Ctrl-C and SIGTERM only fill the list that this gives: the loop looks at it after each step."""
+    asked = []
+    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def steps_of(train: Clips, s: Settings, first: int) -> tuple:
@@ -292,15 +271,17 @@ def steps_of(train: Clips, s: Settings, first: int) -> tuple:
 
     Place p of the endless shuffled sequence holds clip order[p], augmented by p; `places` deals the places out."""
     shape = (s.steps, s.accumulate, WORLD, s.batch)
-    epochs = [np.random.default_rng([s.seed, e]).permutation(len(train)) for e in range(math.prod(shape) // len(train) + 1)]
-    order, places = np.concatenate(epochs), np.arange(math.prod(shape)).reshape(shape)
+    epochs = range(math.prod(shape) // len(train) + 1)
+    order = np.concatenate([np.random.default_rng([s.seed, e]).permutation(len(train)) for e in epochs])
+    places = np.arange(math.prod(shape)).reshape(shape)
     mine = places[first:, :, RANK].reshape(-1, s.batch)
     loader = iter(batches(train, s, [[(int(order[p]), s.seed, int(p)) for p in row] for row in mine]))
     return loader, [sum(train.n_targets(i) for i in order[step].flat) for step in places]
 
 
 def backward(net: torch.nn.Module, optimizer, loader, n_targets: int, s: Settings) -> float:
-    """The gradient of one step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats a token."""
+    """The gradient of one step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats a
+    token."""
     net.train()
     optimizer.zero_grad()
     loss = 0.0
@@ -319,7 +300,7 @@ def backward(net: torch.nn.Module, optimizer, loader, n_targets: int, s: Setting
 
 
 class Objective(torch.nn.Module):
-    """Cross-entropy in nats, summed over the targets, of teacher-forced text: a module, as DistributedDataParallel wants."""
+    """Cross-entropy in nats, summed over the targets: a module, as DistributedDataParallel wants."""
 
     def __init__(self, model: Whisper):
         super().__init__()
@@ -349,7 +330,7 @@ def summed(x: float, s: Settings) -> float:
     return total.item()
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# ----------------------------------------------------------------------------------------------------------- measuring
 
 def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list[dict], dict[str, list[str]]]:
     """One row a model, with the encoder's latency on one clip, the models taking turns; and all transcripts."""
@@ -361,33 +342,31 @@ def compare(models: dict[str, Whisper], clips: Clips, s: Settings) -> tuple[list
 
 
 def figures(model: Whisper, clips: Clips, texts: list[str], s: Settings) -> dict:
-    """Error rates and counts. FLOPs: encoder and greedy decoding of a clip whose text has mean length; memory: weights,
-    cache and activations then, at 4 bytes a value."""
+    """Error rates and counts. FLOPs: encoder and greedy decoding of a clip whose text has mean length; memory:
+    weights, cache and activations then, at 4 bytes a value."""
     clean, n_new = normalizer(s.language), round(np.mean([*map(clips.n_targets, range(len(clips)))]))
     count, size = flops.parameters(model), flops.memory(model, clips.n_start + n_new - 1, 4)
     return {**score([*map(clean, clips.sentences)], [*map(clean, texts)], s.seed),
-            "parameters": count["total"], "nonzero": count["nonzero"],
-            "block_parameters": count["blocks"], "block_nonzero": count["blocks_nonzero"],
-            "memory_bytes": size["weights"] + size["peak_fused"],
+            "parameters": count["total"], "nonzero": count["nonzero"], "block_parameters": count["blocks"],
+            "block_nonzero": count["blocks_nonzero"], "memory_bytes": size["weights"] + size["peak_fused"],
             "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new)}
 
 
 def report(models: dict, plan: prune.Plan, rows: list[dict], texts: dict, seconds: dict, s: Settings) -> None:
     """Everything that is known now: on the screen, in report.json, and the checkpoints."""
+    out = Path(s.out)
     for name in ("dense", "tspar", "imp"):
-        prune.save(models[name], Path(s.out) / f"{name}.pt")
-    say(s, f"\n{table(rows)}\n\n{diagnosis(rows, plan)}\n")
+        prune.save(models[name], out / f"{name}.pt")
+    say(s, "\n" + "\n".join(f"{name:<10}{meaning}" for name, meaning in MODELS.items()))
+    say(s, f"\n{table(rows)}\n\n{diagnosis(rows, plan)}\n\nFirst clips: the sentence in the data, what tspar hears")
     for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
-        say(s, f"said   {said}\ntspar  {text}")
+        say(s, f"data      {said[:70]}\ntspar     {text[:70]}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
     everything = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
                   "plan": str(plan).split("\n"), "transcripts": texts}
-    write(Path(s.out) / "report.json",
-          lambda file: file.write(json.dumps(everything, ensure_ascii=False, indent=1).encode()))
-    if s.plot:
-        write(Path(s.out) / "plot.png", partial(draw, plan))
-    shutil.rmtree(Path(s.out) / "state")
-    say(s, f"\nin {s.out}: report.json, log.txt, dense.pt, tspar.pt, imp.pt   ({sum(seconds.values()):.0f} s)")
+    write(out / "report.json", lambda file: file.write(json.dumps(everything, ensure_ascii=False, indent=1).encode()))
+    shutil.rmtree(out / "state")
+    say(s, f"\nin {out}: {', '.join(RESULTS)}   ({sum(seconds.values()):.0f} s)")
 
 
 def look(model: Whisper, s: Settings) -> None:
@@ -416,7 +395,7 @@ def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
 
 
 def heard(model: Whisper, path: str, s: Settings) -> str:
-    """The text of a file of any length: whisper's own long-form transcription, window by window if that is not 30 s."""
+    """The text of a file of any length: by whisper's long-form transcription, or in windows if those are not 30 s."""
     audio, window = read_audio(Path(path)), 2 * model.dims.n_audio_ctx * HOP_LENGTH
     if window == whisper.audio.N_SAMPLES:
         return model.transcribe(audio, language=s.language, fp16=s.device != "cpu")["text"].strip()
@@ -457,53 +436,38 @@ def normalizer(language: str):
 
 
 def table(rows: list[dict]) -> str:
-    """The rows of report.json in 80 columns, four digits of each figure, with a column always between."""
-    def digits(x: float, width: int) -> str:
-        return f" {x:{width - 1}.{0 if x >= 1000 else 1 if x >= 100 else 2 if x >= 10 else 3}f}"
-
+    """The rows of report.json in 80 columns, four digits of each count."""
+    counts = {"parameters": (1e6, 6), "block_parameters": (1e6, 6), "block_nonzero": (1e6, 7),
+              "memory_bytes": (1e6, 6), "flops": (1e9, 6)}
     lines = ["             all     in blocks       peak     one clip",
              "model     params params nonzero memory  FLOPs encoder    WER  95% interval   CER",
              "               M      M       M     MB      G      ms      %             %     %"]
     for r in rows:
-        low, high = r["wer_ci95"]
-        lines.append(f"{r['name']:<9}{digits(r['parameters'] / 1e6, 7)}{digits(r['block_parameters'] / 1e6, 7)}"
-                     f"{digits(r['block_nonzero'] / 1e6, 8)}{digits(r['memory_bytes'] / 1e6, 7)}{digits(r['flops'] / 1e9, 7)}"
-                     f" {r['latency_ms']:7.1f} {r['wer']:6.1f} {low:6.1f} -{high:5.1f} {r['cer']:5.1f}")
+        values = [(r[key] / unit, width) for key, (unit, width) in counts.items()]
+        lines.append(f"{r['name']:<9}" + "".join(f" {x:{n}.{max(0, 4 - len(str(int(x))))}f}" for x, n in values)
+                     + f" {r['latency_ms']:7.1f} {r['wer']:6.1f} {r['wer_ci95'][0]:6.1f} -{r['wer_ci95'][1]:5.1f}"
+                     f" {r['cer']:5.1f}")
+    lines += ["in blocks: the parameters that pruning can reach; memory, FLOPs: to encode and",
+              "decode one clip; WER, CER: word and character errors as a share of what was said"]
     return "\n".join(lines)
 
 
 def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
-    """What the figures say in words, and what to turn where they show a loss."""
-    row, (gone, of) = {r["name"]: r for r in rows}, plan.removed()
-    dense, tspar = row["dense"], row["tspar"]
+    """The verdict: tspar against dense, clip by clip, and what to turn where it has lost."""
+    named, (gone, of) = {row["name"]: row for row in rows}, plan.removed()
+    dense, tspar = named["dense"], named["tspar"]
     low, high = interval(np.subtract(tspar["errors"], dense["errors"]), dense["words"], 0)
-    lines = [f"WER of tspar less that of dense: {tspar['wer'] - dense['wer']:+.1f} points, with {gone / of:.0%} of the block "
-             f"parameters gone (95% interval {low:+.1f} to {high:+.1f}): " + (
-                 "pruned too far; lower --target, or raise --recovery-steps." if low > 0 else
-                 "no loss that these clips can show." if high >= 0 else "better.")]
+    text = (f"With {gone / of:.0%} of the parameters in blocks removed, WER of tspar minus that of dense is "
+            f"{tspar['wer'] - dense['wer']:+.1f} points (95% interval {low:+.1f} to {high:+.1f}): ")
+    text += ("pruned too far; lower --target, or raise --recovery-steps." if low > 0 else
+             "no loss that these clips can show." if high >= 0 else "better.")
     if low > 0 and tspar["loss"] > 1.5 * dense["loss"]:
-        lines.append(f"Recovery has not recovered: its loss ends at {tspar['loss']:.3f}, dense's at {dense['loss']:.3f}; "
-                     "raise --recovery-steps, then --recovery-lr.")
-    return "\n".join(textwrap.fill(line, 80, break_on_hyphens=False) for line in lines)
+        text += (f" Recovery is not finished: its loss ends at {tspar['loss']:.3f}, dense's at {dense['loss']:.3f}; "
+                 "raise --recovery-steps first, then --recovery-lr.")
+    return textwrap.fill(text, 80, break_on_hyphens=False)
 
 
-def draw(plan: prune.Plan, file) -> None:
-    """n_j of every group as a picture, encoder beside decoder, with the threshold of pass 1."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for side, axis in zip(("encoder", "decoder"), axes):
-        names = [name for name in plan.norms if name.startswith(side)]
-        norms, cut = torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
-        axis.hist(norms.clamp(max=norms.quantile(0.98)).numpy(), 50)         # the last bar holds the long tail
-        axis.axvline(cut, color="black", linestyle="--", label=f"threshold: {(norms < cut).double().mean():.0%} below")
-        axis.set(title=f"{side}: {len(norms):,} groups", xlabel="n_j", ylabel="groups")
-        axis.legend()
-    figure.savefig(file, dpi=120, format="png")
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------------------- data
 
 def read_audio(path: Path) -> np.ndarray:
     """Mono float32 samples at 16 kHz from whatever libsndfile reads: mp3, ogg, flac, wav.
@@ -621,73 +585,29 @@ def ignore_ctrl_c(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# ------------------------------------------------------------------------------------------------------ nothing is lost
+# ----------------------------------------------------------------------------------------------------- nothing is lost
 
-class Phase:
-    """How far a phase has come. It lies in OUT/state, whole or not at all, and --resume takes it up again.
+class Stop(Exception):
+    """The end of the run in one sentence for the user: what came, what is needed, what to do."""
 
-    `loss` is the mean of the last 20 steps, in nats a token without penalty. A finished phase also has `curvature`:
-    parameter name -> mean squared gradient, which Adam has kept as its second moment (here bias-corrected) anyway.
-    """
+    def __init__(self, text: str, code: int = 2):
+        super().__init__(text)
+        self.code = code                    # 2: bad input, before anything slow; 1: it happened on the way
 
-    def __init__(self, model: Whisper, s: Settings, title: str):
-        self.path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
-        self.model, self.s, self.title, self.step, self.losses, self.curvature = model, s, title, 0, [], {}
-        self.optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        if s.resume and self.path.is_file():
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            model.load_state_dict(saved["model"])
-            self.step, self.losses, self.curvature = saved["step"], saved["losses"], saved["curvature"]
-            if saved["optimizer"]:               # a finished phase has none
-                self.optimizer.load_state_dict(saved["optimizer"])
 
-    @property
-    def loss(self) -> float:
-        return float(np.mean(self.losses or [math.nan]))
-
-    def save(self) -> None:
-        done = self.step == self.s.steps
-        state = {"model": self.model.state_dict(), "step": self.step, "losses": self.losses,
-                 "curvature": self.curvature, "optimizer": None if done else self.optimizer.state_dict()}
-        write(self.path, lambda file: torch.save(state, file))
-
-    def stepped(self, loss: float) -> None:
-        """One step more; saved every --save-every steps, and at the end."""
-        self.step, self.losses = self.step + 1, self.losses[-19:] + [loss]
-        if self.step == self.s.steps:
-            beta, moments = self.optimizer.param_groups[0]["betas"][1], self.optimizer.state
-            self.curvature = {name: moments[p]["exp_avg_sq"] / (1 - beta ** float(moments[p]["step"]))
-                              for name, p in self.model.named_parameters() if p in moments}
-        if self.step == self.s.steps or self.step % SAVE_EVERY == 0:
-            self.save()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _) -> None:
-        """Whatever stops the phase is said in a sentence; when the user does, the last step is saved first."""
-        again = "the same command with --resume goes on"
-        if isinstance(error, KeyboardInterrupt):
-            self.save()
-            raise Stop(f"stopped after step {self.step} of {self.title}; {again}", 130) from None
-        known = ("out of memory", "allocate", "inline_container", "unexpected pos", "DataLoader worker")
-        if isinstance(error, OSError) or isinstance(error, RuntimeError) and any(text in str(error) for text in known):
-            raise Stop(f"{self.title} failed in step {self.step + 1} ({str(error).splitlines()[0]}); when that is "
-                       f"mended, {again} from the last saved step", 1) from error
+def need(ok, otherwise: str) -> None:
+    """Stop with that sentence, if not ok."""
+    if not ok:
+        raise Stop(otherwise)
 
 
 @contextmanager
-def undivided():
-    """Ctrl-C and SIGTERM wait until the end of the block: no half step is ever saved."""
-    came, wait = [], lambda number, frame: came.append(number)
-    before = [(number, signal.signal(number, wait)) for number in (signal.SIGINT, signal.SIGTERM)]
+def blame(flag: str):
+    """A ValueError of prune's becomes the user's: it stops the run and names the flag."""
     try:
         yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
+    except ValueError as error:
+        raise Stop(f"{flag}: {error}") from None
 
 
 def write(path: Path, fill) -> None:
@@ -712,47 +632,100 @@ def say(s: Settings, text: str) -> None:
 
 def start_folder(s: Settings, model: Whisper) -> None:
     """Make --out, or find in it what --resume goes on with. What an earlier run left goes only when told so."""
-    out, kept = Path(s.out), Path(s.out) / "settings.json"
-    changeable = {"resume", "overwrite", "plot", "workers"}
-    if not (out / "state/tspar-recover.pt").exists():
-        changeable |= {"z1", "z2", "target", "importance"}       # nothing has been pruned yet
-    ours = {name: value for name, value in asdict(s).items() if name != "transcribe"}
-    ours |= {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
-    record = lambda: write(kept, lambda file: file.write(json.dumps(ours, indent=1).encode()))
+    out, record = Path(s.out), Path(s.out) / "settings.json"
+    ours = asdict(s) | {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
     if s.resume:
-        need((out / "state").is_dir() and kept.is_file(),
+        need((out / "state").is_dir() and record.is_file(),
              f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
-        begun = json.loads(kept.read_text(encoding="utf8"))
+        same = ours.keys() - {"resume", "overwrite", "workers", "transcribe"}
+        if not (out / "state/tspar-recover.pt").exists():
+            same -= {"z1", "z2", "target", "importance"}         # nothing has been pruned yet
+        begun = json.loads(record.read_text(encoding="utf8"))
         other = [f"{name} {begun.get(name)}, not {ours[name]}" for name in ours
-                 if name not in changeable and begun.get(name) != ours[name]]
+                 if name in same and begun.get(name) != ours[name]]
         need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
-        record()
-        return say(s, "\nresumed")
-    need(not out.exists() or s.overwrite and out.is_dir() or out.is_dir() and not any(out.iterdir()),
-         f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
-    size = 4 * (12 + IMP_ROUNDS) * sum(p.numel() for p in model.parameters())       # one state a phase, Adam, three models
+    else:
+        need(not out.exists() or out.is_dir() and (s.overwrite or not any(out.iterdir())),
+             f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
+        room = shutil.disk_usage(next(up for up in (out, *out.resolve().parents) if up.exists())).free / 1e9
+        size = 4 * (12 + IMP_ROUNDS) * sum(p.numel() for p in model.parameters()) / 1e9     # states, Adam, 3 models
+        need(room > size, f"--out {out} has {room:.1f} GB left, the run needs {size:.1f}; make room, or name another")
     try:
-        space = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
-        need(space > size, f"--out {out} has {space / 1e9:.1f} GB left, the run needs {size / 1e9:.1f}; "
-                           "make room, or name another")
         (out / "state").mkdir(parents=True, exist_ok=True)
-        results = ("log.txt", "report.json", "plot.png", "dense.pt", "tspar.pt", "imp.pt")
-        for old in [*(out / "state").iterdir(), *(out / name for name in results)]:
+        for old in () if s.resume else (*(out / "state").iterdir(), *(out / name for name in RESULTS)):
             old.unlink(missing_ok=True)
-        record()
+        write(record, lambda file: file.write(json.dumps(ours, indent=1).encode()))
     except OSError as error:
         raise Stop(f"--out {out} cannot be written ({error}); name a folder that can") from None
+    if s.resume:
+        say(s, "\nresumed")
 
 
-# ------------------------------------------------------------------------------------------------ before the first step
+# ----------------------------------------------------------------------------------------------- before the first step
+
+EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
+
+# By width of the model. nano's and base's rows were chosen on dev clips (README, "Chosen on dev"). The other rows are
+# scaled from base's: the rate by the ratio of the highest rates in pre-training (Radford et al. 2022, appendix F),
+# steps and clips as fine-tuning on Common Voice commonly takes them; none of these has been run.
+OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
+          "target": 0.35}
+RECIPES = {128: {"lr": 1e-3, "steps": 600, "batch": 8, "importance": "norm", "penalty": "loss", "vocabulary": "data",
+                 "target": 0.5, "workers": 0, "precision": "fp32"},
+           384: {"lr": 3.75e-5}, 512: {"lr": 2.5e-5, "steps": 250, "batch": 8}, 768: {"lr": 1.25e-5},
+           1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
+
+
+def flag(default, text: str, *choices: str, kind: type | None = None):
+    """A field of Settings that is a command-line flag too: its default, its --help line, what it may be."""
+    kind = kind or (str if default is None else type(default))
+    return field(default=default, metadata={"help": text, "choices": choices or None, "kind": kind})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One flag each; the text says what moving it does. None: RECIPES has the value for the model's size."""
+    model: str = flag("nano", "nano, a name openai-whisper knows (small, medium, ...), or a .pt file")
+    data: str = flag("mini_hi", "mini_hi, cv11_hi, or a folder with train.tsv, dev.tsv, test.tsv and clips/")
+    data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
+    language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
+    out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
+    window: float = flag(None, "seconds of audio the encoder takes: fewer are faster (default: the model's)",
+                         kind=float)
+    vocabulary: str = flag(None, "data: only the tokens that train's sentences need (nano); full: all (the others)",
+                           "data", "full")
+    steps: int = flag(None, "first phase, before pruning: more let the weights settle", kind=int)
+    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)", kind=int)
+    batch: int = flag(None, "clips a step and process", kind=int)
+    accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
+    lr: float = flag(None, "learning rate of the first phase", kind=float)
+    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)", kind=float)
+    importance: str = flag(None, "what pass 1 compares: curvature of the loss, or norm, the paper's wording",
+                           "curvature", "norm")
+    penalty: str = flag(None, "loss adds the penalty's gradient, the paper's wording; prox takes the proximal step",
+                        "none", "loss", "prox")
+    l1: float = flag(0.5, "strength on single weights, in units of the gradient: higher makes them smaller")
+    l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
+    groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
+    target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1", kind=float)
+    z1: float = flag(-0.25, "pass 1, standard deviations from the mean: higher removes more groups")
+    z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
+    split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
+    limit: int = flag(0, "take only the first clips of each split, for a quick look; 0 takes all")
+    seed: int = flag(0, "order of the clips, augmentation, bootstrap")
+    device: str = flag("", "cpu or cuda; cuda where there is one")
+    precision: str = flag(None, "of activations; bf16 where the machine is fast at it, nano fp32", "fp32", "bf16")
+    workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)", kind=int)
+    resume: bool = flag(False, "go on where the same command was interrupted")
+    overwrite: bool = flag(False, "replace what an earlier run left in OUT")
+    evaluate: bool = flag(False, "only measure the model")
+    transcribe: list = flag((), "only print the text of these audio files", kind=str)
+
 
 def settings(argv: list[str] | None) -> Settings:
     """The command line, checked as far as that goes without loading anything."""
     parser = argparse.ArgumentParser("run.py", allow_abbrev=False, description=__doc__.partition("\n\n")[0])
-
-    def refuse(message: str):
-        raise Stop(f"{message}; see python run.py --help")
-    parser.error = refuse                        # one line instead of argparse's usage and message
+    parser.error = lambda message: need(False, f"{message}; see python run.py --help")      # one line, not the usage
     for f in fields(Settings):
         m, text = f.metadata, f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
         typed = {"action": "store_true"} if m["kind"] is bool else {
@@ -777,16 +750,13 @@ def settings(argv: list[str] | None) -> Settings:
 
 def check(s: Settings) -> None:
     """Refuse what has no meaning, flag by flag and flag against flag."""
-    limits = dict.fromkeys(("batch", "accumulate"), (1, math.inf)) | {
-        "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
+    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
-        need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, and is refused too
+        need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, so is refused
              f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
     need(s.language in LANGUAGES,
          f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
-    need(not s.plot or importlib.util.find_spec("matplotlib"),
-         "--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
     need(not s.data_dir or s.data == "cv11_hi",
          f"--data-dir is for --data cv11_hi; for another folder give --data {s.data_dir}")
     need(not (s.resume and s.overwrite),
@@ -795,19 +765,13 @@ def check(s: Settings) -> None:
 
 def completed(s: Settings, model: Whisper) -> Settings:
     """Settings with the defaults that depend on the model (RECIPES) and on the machine."""
-    recipe = OTHERS | RECIPES.get(model.dims.n_audio_state, {})
-    recipe |= {name: value for name, value in asdict(s).items() if value is not None}
-    recipe.setdefault("recovery_steps", recipe["steps"])
-    recipe.setdefault("recovery_lr", recipe["lr"])
-    recipe.setdefault("workers", min(8, os.cpu_count()))
-    recipe.setdefault("precision", "bf16" if "cuda" in s.device or fast_bf16() else "fp32")
-    return Settings(**recipe)
-
-
-def fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32."""
-    cpu = Path("/proc/cpuinfo")
-    return cpu.is_file() and bool({"avx512_bf16", "amx_bf16"} & {*cpu.read_text().split()})
+    given = {name: value for name, value in asdict(s).items() if value is not None}
+    known = OTHERS | RECIPES.get(model.dims.n_audio_state, {}) | given
+    cpu = Path("/proc/cpuinfo")                  # of a processor that multiplies bf16 faster than float32:
+    fast = "cuda" in s.device or cpu.is_file() and {"avx512_bf16", "amx_bf16"} & {*cpu.read_text().split()}
+    rest = {"recovery_steps": known["steps"], "recovery_lr": known["lr"], "workers": min(8, os.cpu_count()),
+            "precision": "bf16" if fast else "fp32"}
+    return Settings(**rest | known)
 
 
 def data_folder(s: Settings) -> Path:
@@ -825,25 +789,25 @@ def data_folder(s: Settings) -> Path:
 
 def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
     """One split of the data, for this model."""
-    tokenizer = get_tokenizer(True, num_languages=model.num_languages, language=s.language, task="transcribe")
+    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language,
+                              task="transcribe")
     return Clips(data_folder(s), split, model, tokenizer, s.limit, keep=s.workers == 0)
 
 
 def load_model(s: Settings) -> Whisper:
     """nano, a checkpoint file, or one of OpenAI's models by name (whisper.load_model fetches it once)."""
     path, names = EMBEDDED.get(s.model, Path(s.model)), whisper.available_models()
-    need(path.is_file() or s.model in names, f"--model {s.model} is neither nano, nor a file, nor one of {', '.join(names)}")
+    need(path.is_file() or s.model in names,
+         f"--model {s.model} is neither nano, nor a file, nor one of {', '.join(names)}")
     try:
-        model = prune.load(path, s.device) if path.is_file() else whisper.load_model(s.model, s.device)
-    except ValueError as error:
-        raise Stop(f"{error}; give a checkpoint that run.py or OpenAI wrote") from None
+        with blame("--model"):
+            model = prune.load(path, s.device) if path.is_file() else whisper.load_model(s.model, s.device)
     except (OSError, RuntimeError) as error:     # urllib's URLError is an OSError; RuntimeError: a broken download
-        raise Stop(f"the weights of {s.model} could not be fetched ({error}); download {whisper._MODELS[s.model]} into "
-                   f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model") from None
-    try:
-        prune.window_(model, s.window) if s.window is not None else None
-    except ValueError as error:
-        raise Stop(f"--window: {error}") from None
+        raise Stop(f"the weights of {s.model} could not be fetched ({error}); download {whisper._MODELS[s.model]} "
+                   f"into {os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model") from None
+    if s.window is not None:
+        with blame("--window"):
+            prune.window_(model, s.window)
     need(s.language == "en" or model.is_multilingual,
          f"--model {s.model} knows English alone and --language is {s.language}; take the model without .en")
     return model.eval()
@@ -853,10 +817,9 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     """What is about to be done and how long it will take, from three steps and one batch of decoding on a copy."""
     for split, some in clips.items():
         say(s, f"{split:<6}{len(some):>6,} clips   {some.left_out}".rstrip())
-    rows, of = len(model.decoder.token_embedding.weight), model.dims.n_vocab
+    rows, of, size = len(model.decoder.token_embedding.weight), model.dims.n_vocab, model.dims.n_text_state
     if rows < of:
-        say(s, f"vocabulary: {rows:,} of {of:,} tokens stay, bytes and special ones among them, "
-               f"{(of - rows) * model.dims.n_text_state / 1e6:.1f} M parameters less")
+        say(s, f"vocabulary: {rows:,} of {of:,} tokens stay, {(of - rows) * size / 1e6:.1f} M parameters less")
     trial, train, test, took = copy.deepcopy(model), clips["train"], clips[s.split], []
     net, optimizer = Objective(trial), torch.optim.AdamW(trial.parameters(), 0.0)
     loader, n_targets = steps_of(train, replace(s, steps=3), 0)
@@ -869,18 +832,17 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
     whisper.decode(trial, mels, decoding(trial, s, sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
-    seconds = steps * min(took) + 4 * len(test) * (time.time() - started) / few
+    seconds = steps * min(took) + len(MODELS) * len(test) * (time.time() - started) / few
     memory = flops.training_memory(model, length + train.n_start, s.batch, 2 if s.precision == "bf16" else 4)
     memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
-    say(s, f"{steps:,} steps of {s.batch * s.accumulate * WORLD} clips, {min(took):.2f} s each, and 4 models to measure: "
-           f"about {max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} activations.\n")
+    say(s, f"{steps:,} steps of {s.batch * s.accumulate * WORLD} clips, {min(took):.2f} s each, then four models to "
+           f"measure: about {max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} "
+           "activations. A loss is in nats (natural log) a token.\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 when done; 2 and one line on stderr for bad input, 1 for what failed on the way, 130 when interrupted."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before, again = signal.signal(signal.SIGTERM, signal.default_int_handler), "the same command with --resume goes on"
     try:
         s = settings(argv)
         if WORLD > 1:
@@ -888,24 +850,24 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.set_device(s.device) if s.device != "cpu" else None
             dist.init_process_group("nccl" if s.device != "cpu" else "gloo")
         run(s)
+        return 0
     except Stop as stop:
-        print(f"run.py: {' '.join(str(stop).split())}", file=sys.stderr)
-        return stop.code
-    except OSError as error:                     # a disk that is full after the training, a closed pipe
-        print(f"run.py: {error}; when that is mended, the same command with --resume goes on", file=sys.stderr)
-        return 1
-    except RuntimeError:
-        if RANK == 0:
-            raise
-        return 1                                 # process 0 has said why it left
+        text, code = str(stop), stop.code
     except KeyboardInterrupt:
-        print("run.py: stopped; if training had begun, the same command with --resume goes on", file=sys.stderr)
-        return 130
+        text, code = f"stopped; if training had begun, {again}", 130
+    except (OSError, RuntimeError) as error:     # no room on the disk or in memory, a process that was killed
+        known = ("out of memory", "allocate", "inline_container", "unexpected pos", "DataLoader worker")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in known):
+            if RANK == 0:
+                raise
+            return 1                             # process 0 has said why it left
+        text, code = f"{str(error).splitlines()[0]}; when that is mended, {again}", 1
     finally:
         signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    print(f"run.py: {' '.join(text.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -697,3 +697,27 @@ def test_docstring_example_alone_in_an_empty_folder(tmp_path):
                           timeout=120, env={"PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout in ("2 of 32 neurons left\n", "3 of 32 neurons left\n")
+
+
+@pytest.mark.parametrize("relative, factor", [(True, 10), (False, 1)])
+def test_relative_strengths_follow_the_gradient(relative, factor):
+    """Ten times the loss: what the penalty adds to .grad is ten times as much where strengths are relative, else the same."""
+    added = []
+    for times in (1, 10):
+        net = nn.Linear(6, 4, dtype=torch.float64)
+        nn.init.normal_(net.weight, generator=torch.Generator().manual_seed(0))
+        sgl = tspar.SparseGroupLasso({"encoder.x": [(net.weight, 1)]}, 0.5, 0, 0.5, 0, relative=relative)
+        (times * net.weight.square().sum()).backward()
+        before = net.weight.grad.clone()
+        sgl.add_gradient_()
+        added.append(net.weight.grad - before)
+    assert torch.allclose(added[1], factor * added[0]) and added[0].abs().min() > 0
+
+
+def test_relative_strength_of_one_by_hand():
+    """Strength 1 on single weights adds the root mean square of the side's gradient: (1, 7) has 5, and other sides do not count."""
+    a, b = (nn.Parameter(torch.tensor([[3.0, -4.0]])) for _ in range(2))
+    a.grad, b.grad = torch.tensor([[1.0, 7.0]]), torch.tensor([[100.0, 100.0]])
+    sgl = tspar.SparseGroupLasso({"encoder.a": [(a, 1)], "decoder.b": [(b, 1)]}, 1, 0, 0, 0, relative=True)
+    sgl.add_gradient_()
+    assert torch.allclose(a.grad, torch.tensor([[6.0, 2.0]])) and torch.equal(b.grad, torch.tensor([[100.0, 100.0]]))
