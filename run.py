@@ -378,11 +378,10 @@ def look(model: Whisper, s: Settings) -> None:
         print(table(rows))
 
 
-def decoding(model: Whisper, s: Settings, **more) -> whisper.DecodingOptions:
-    """Greedy, and as long as training allows: prompt, text and end fill the context."""
-    start = 4 if model.is_multilingual else 2
+def decoding(model: Whisper, s: Settings) -> whisper.DecodingOptions:
+    """Greedy, and as long as training allows: whisper stops where prompt, text and end fill the context."""
     return whisper.DecodingOptions(language=s.language, without_timestamps=True, fp16="cuda" in s.device,
-                                   **{"sample_len": model.dims.n_text_ctx - start + 1, **more})
+                                   sample_len=model.dims.n_text_ctx)
 
 
 def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
@@ -767,6 +766,8 @@ def completed(s: Settings, model: Whisper) -> Settings:
     """Settings with the defaults that depend on the model (RECIPES) and on the machine."""
     given = {name: value for name, value in asdict(s).items() if value is not None}
     known = OTHERS | RECIPES.get(model.dims.n_audio_state, {}) | given
+    need(known["steps"] or known["importance"] == "norm",
+         "--importance curvature comes from the gradients of the first phase; give --steps above 0, or norm")
     cpu = Path("/proc/cpuinfo")                  # of a processor that multiplies bf16 faster than float32:
     fast = "cuda" in s.device or cpu.is_file() and {"avx512_bf16", "amx_bf16"} & {*cpu.read_text().split()}
     rest = {"recovery_steps": known["steps"], "recovery_lr": known["lr"], "workers": min(8, os.cpu_count()),
@@ -830,7 +831,7 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
         took.append(time.time() - started)
     length, few, started = round(np.mean(n_targets) / s.batch / s.accumulate / WORLD), min(8, len(test)), time.time()
     mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
-    whisper.decode(trial, mels, decoding(trial, s, sample_len=length))
+    whisper.decode(trial, mels, replace(decoding(trial, s), sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
     seconds = steps * min(took) + len(MODELS) * len(test) * (time.time() - started) / few
     memory = flops.training_memory(model, length + train.n_start, s.batch, 2 if s.precision == "bf16" else 4)

@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
         seconds.append(time.perf_counter() - started)
         return loss
     run.backward = timed
-    run.decoding = partial(decoding, sample_len=8)                   # random weights would never come to an end
+    run.decoding = lambda *given: run.replace(decoding(*given), sample_len=8)         # random weights would never come to an end
     try:
         assert run.main(arguments) == 130, "interrupted"
         assert run.main([*arguments, "--resume"]) == 0, "resumed to the end"
