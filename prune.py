@@ -48,6 +48,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
+from pickle import PickleError             # what torch.load(weights_only=True) raises; nothing here unpickles
+from struct import error as StructError
 
 import torch
 from torch import Tensor, nn
@@ -114,23 +116,6 @@ class Plan:
                 left[p] = [*left[p][:axis], int(keep.sum()), *left[p][axis + 1:]]
         return of - sum(map(math.prod, left.values())), of
 
-    def pooled(self, side: str) -> tuple[Tensor, float]:
-        """n_j of all groups of "encoder" or "decoder", and the threshold of pass 1 there."""
-        names = [name for name in self.norms if name.startswith(side)]
-        return torch.cat([self.norms[name] for name in names]), self.cuts[names[0]]
-
-    def histogram(self, bins: int = 12, width: int = 40) -> str:
-        """n_j of each side as bars of text, with pass 1's threshold where it falls."""
-        lines = []
-        for side in dict.fromkeys(map(side_of, self.norms)):
-            norms, cut = self.pooled(side)
-            counts, edges = (x.tolist() for x in torch.histogram(norms, bins))
-            lines.append(f"{side}: norms of {len(norms):,} groups, {(norms < cut).sum():,} below the cut at {cut:.4f}")
-            for count, low, high in zip(counts, edges, edges[1:]):
-                bar, mark = "#" * math.ceil(width * count / max(counts)), "  <- cut" if low <= cut < high else ""
-                lines.append(f"  from {low:6.4f} {int(count):>6,} {bar:<{width}}{mark}".rstrip())
-        return "\n".join(lines)
-
     def __str__(self) -> str:
         head = "{:35}{:>8}{:>8}{:>8}{:>10}{:>10}".format
         row = "{:35}{:8.4f}{:8.4f}{:8.4f}{:>10}{:>10,}".format
@@ -151,19 +136,8 @@ def units(model: Whisper) -> dict[str, Group]:
     return {name: [(params[p], axis) for p, axis in _members(name)] for name in _unit_names(model)}
 
 
-def side_of(name: str) -> str:
-    """"encoder" or "decoder": what pass 1 pools norms over."""
-    return name.partition(".")[0]
-
-
-def whole(name: str) -> str:
-    """One label for all groups: what pass 1 pools curvature over."""
-    return "model"
-
-
 def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float = -0.25, z2: float | None = -1.0,
-             floor: float = 0.05, multiple: int = 8, curvature: dict[str, Tensor] | None = None,
-             pool: Callable[[str], str] | None = None) -> Plan:
+             floor: float = 0.05, multiple: int = 8, curvature: dict[str, Tensor] | None = None) -> Plan:
     """Decide by (1) and (2) what goes; the model is only read.
 
     groups    name -> [(parameter, axis)]: units(model) if None, else any of these and any columns
@@ -172,8 +146,6 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
     multiple  widths are rounded up to it; 1 only evens the heads
     curvature parameter name -> mean squared gradient, of the parameter's shape, any float dtype: (3) for n_j;
               None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
-    pool      group names for which it says the same share mean, std and threshold; pool=str: each its own.
-              None: `side_of` for norms, `whole` for curvature
 
     Raises ValueError on a block weight or a setting that is not finite, on a group of another model, and on
     curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
@@ -181,9 +153,10 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
         if not math.isfinite(value) or (key == "floor" and value < 0):
             raise ValueError(f"{key} is {value}; give a finite number, and floor at least 0")
     norms, cuts = _norms(model, units(model) if groups is None else groups, curvature), {}
-    pool = pool or (side_of if curvature is None else whole)
-    for label in dict.fromkeys(map(pool, norms)):
-        inside = [name for name in norms if pool(name) == label]
+    for side in ("encoder", "decoder") if curvature is None else ("",):
+        inside = [name for name in norms if name.startswith(side)]
+        if not inside:
+            continue
         pooled = torch.cat([norms[name] for name in inside])
         mean, std = pooled.mean().item(), pooled.std(correction=0).item()
         cuts |= dict.fromkeys(inside, max(floor * mean, mean + z1 * std))
@@ -312,7 +285,6 @@ def magnitude_(model: Whisper, fraction: float) -> float:
 
 def zeros(model: Whisper) -> list[tuple[nn.Parameter, Tensor]]:
     """(weight, True where not zero) of the blocks; weight.data.mul_(keep) after a step keeps zeros zero."""
-    _parameters(model)
     return [(linear.weight, linear.weight.detach() != 0) for _, linear in _modules(model, nn.Linear)]
 
 
@@ -393,9 +365,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
             if rows % attn.n_head or name not in heads and rows != attn.out.out_features:
                 raise ValueError(f"no head count that fits {name}")
         _align(model, checkpoint.get("alignment_heads") or model.alignment_heads.indices().T.tolist())
-    except OSError:
-        raise
-    except Exception as e:                 # bytes of another kind can make torch.load raise anything
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError,
+            ImportError, PickleError, StructError) as e:       # what bytes of another kind make torch.load raise
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
                          f"write it with prune.save ({type(e).__name__}: {str(e).partition('. ')[0]})") from e
     return model.to(device)

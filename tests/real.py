@@ -59,7 +59,6 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
         run.write(path, lambda file: file.write(json.dumps(done, default=float).encode()))
         print(arm, f"WER {done[arm]['wer']:.1f}  {done[arm]['block_parameters']:,} block parameters", flush=True)
 
-    measured("original", original)
     dense = run.shortened(copy.deepcopy(original), clips["train"], s)
     first = run.fine_tune(dense, clips["train"], s, "dense: fine-tune")
     for share in ARMS:
@@ -72,6 +71,7 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
         if share == ARMS[0]:
             loss = run.fine_tune(dense_ := copy.deepcopy(dense), clips["train"], run.recovery(s), "dense: go on").loss
             measured("dense", dense_, loss=loss)
+    measured("original", original)               # last: what hallucinates takes long
 
 
 if __name__ == "__main__":
