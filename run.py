@@ -583,6 +583,9 @@ def draw(plan: prune.Plan, file) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
+XING = re.compile(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", re.S)         # flags, frames, bytes of an MP3
+
+
 @contextmanager
 def opened(path: Path):
     """The soundfile.SoundFile of an audio file. Stops where libsndfile reads none, or less than a header promises."""
@@ -592,6 +595,8 @@ def opened(path: Path):
         with open(path, "rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
             log = file.extra_info                # a size near 2^31 or 2^32 was not known when the header was written
             sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
+            if file.format == "MP3" and (xing := XING.search(os.pread(raw.fileno(), 4096, 0))):
+                sizes = [(int.from_bytes(xing[1], "big"), os.stat(path).st_size)]
             cut = any(int(here) < 0.99 * int(said) and int(said) < 0x7FFF0000 for said, here in sizes)
             need(not (cut or re.search("end-of-stream|Junk after the last page", log) or file.frames > 1 << 40),
                  f"{path} is cut short, damaged at its end, or of unknown length; replace it, or take it out")
@@ -606,7 +611,7 @@ def duration(path: Path) -> float:
     if os.path.isfile(path) and path.stat().st_size == 0:
         return 0.0
     with opened(path) as file:
-        if file.frames and file.format in ("FLAC", "MP3"):             # the others' end has been seen
+        if file.frames and file.format == "FLAC":                      # alone in saying nothing about its bytes
             file.seek(max(0, file.frames - file.samplerate // 10))
             need(len(file.read(1)), f"{path} is cut short; replace it, or take it out")
         return file.frames / file.samplerate
