@@ -175,8 +175,8 @@ ROWS = 60_000
 
 
 def data() -> None:
-    """Seconds, also of the processor, and memory until 60,000 clips of 4 s are ready, by format, on a warm disk: 10 s is
-    the goal. Each clip is a file of its own name, a hard link to one of 100; each sentence is different."""
+    """Seconds, also of the processor, and memory until 60,000 clips of 4 s are ready, by format, on a warm disk: 10 s
+    is the goal. Each clip is a file of its own name, a hard link to one of 100; each sentence is different."""
     kinds = {"mp3": ("MP3", "MPEG_LAYER_III"), "opus": ("OGG", "OPUS"), "vorbis": ("OGG", "VORBIS"),
              "flac": ("FLAC", "PCM_16"), "wav": ("WAV", "PCM_16")}
     words = "वह लड़का आज लस्सी पीता है क्या नेहा गाँव में मेरा कमरा बहुत बड़ा".split()
@@ -193,8 +193,9 @@ def data() -> None:
                 sentence = " ".join(words[i // 14 ** k % 14] for k in range(8))
                 rows.append(f"x\t{i}.{kind}\t{sentence} {i}\t2\n")
             (Path(folder) / "train.tsv").write_text("".join(rows), encoding="utf8")
-            load = subprocess.run([sys.executable, __file__, "load", folder], capture_output=True, text=True, check=True)
-            print(f"data: {ROWS:,} clips, {kind:<7}{load.stdout}", end="", flush=True)
+            command = [sys.executable, __file__, "load", folder]
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            print(f"data: {ROWS:,} clips, {kind:<7}{printed}", end="", flush=True)
 
 
 def load() -> None:

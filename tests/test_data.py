@@ -66,7 +66,7 @@ def test_a_row_of_other_width_is_refused_with_its_line(tmp_path, text, line):
 @pytest.mark.parametrize("text", [
     "path→sentence\na.wav→नमस्ते दुनिया\n", "\ufeffpath→sentence\na.wav→नमस्ते दुनिया",
     "path→sentence\r\na.wav→नमस्ते दुनिया\r\n",
-    "path→sentence\ra.wav→नमस्ते दुनिया\r", "age→sentence→path\n\n→  नमस्ते दुनिया →a.wav\n\n"])
+    "path→sentence\ra.wav→नमस्ते दुनिया\r", "age→sentence→path\n\n  \n→  नमस्ते दुनिया →a.wav\n\n"])
 def test_tables_as_editors_write_them(tmp_path, text):
     """With or without mark, CRLF, CR, blank lines and a last line break: the same one clip."""
     clips = read(data(tmp_path, text))
@@ -155,7 +155,7 @@ def test_where_nothing_is_said_is_left_out(tmp_path, language, silent):
     """Punctuation and what else the normalizer deletes leave no word to get wrong."""
     nothing = "".join(f"b.wav→{text}\n" for text in silent.split())
     folder = data(tmp_path, f"path→sentence\na.wav→{SAID}\nc.wav→\n{nothing}")
-    clips = read(folder, tokenizer=get_tokenizer(True, language=language, task="transcribe"))
+    clips = read(folder, tokenizer=get_tokenizer(language != "en", language=language))
     assert len(clips) == 1 and clips.left_out == f"left out: {len(silent.split()) + 1} without text"
 
 
@@ -178,6 +178,9 @@ def test_a_file_cut_short_is_refused_at_the_start(tmp_path, kind):
     for left in (0.5, 0.9):
         with pytest.raises(run.Stop, match="x.bin is"):
             run.duration(sound(tmp_path / "x.bin", kind, lambda raw: raw[: int(left * len(raw))]))
+    if kind.endswith("ogg"):                     # at a boundary of its pages: only the flag of the last one tells
+        with pytest.raises(run.Stop, match="x.bin is"):
+            run.duration(sound(tmp_path / "x.bin", kind, lambda raw: raw[: raw.rindex(b"OggS")]))
     whole = sound(tmp_path / "x.bin", kind)
     assert run.duration(whole) == 2 and len(run.read_audio(whole)) == 32000
 
@@ -222,8 +225,11 @@ def test_an_mp3_without_xing_header(tmp_path):
     """libsndfile takes the first frame's bit rate for that of all: refused if they differ, right if they do not."""
     def without(raw: bytes) -> bytes:
         return raw[raw.index(b"\xff\xfb", max(raw.find(b"Xing"), raw.find(b"Info"))):]
-    with pytest.raises(run.Stop, match="Xing header"):
-        run.read_audio(sound(tmp_path / "x.mp3", "mp3", without))
+    for samples in (tone(2, 48000), tone(2, 48000)[::-1]):             # quiet first, loud first
+        soundfile.write(tmp_path / "x.mp3", samples, 48000)
+        (tmp_path / "x.mp3").write_bytes(without((tmp_path / "x.mp3").read_bytes()))
+        with pytest.raises(run.Stop, match="Xing header"):
+            run.read_audio(tmp_path / "x.mp3")
     soundfile.write(tmp_path / "x.mp3", tone(2, 48000), 48000, bitrate_mode="CONSTANT", compression_level=0.5)
     (tmp_path / "x.mp3").write_bytes(without((tmp_path / "x.mp3").read_bytes()) + b"TAG" + bytes(125))
     assert abs(len(run.read_audio(tmp_path / "x.mp3")) - 32000) < 1600
@@ -308,6 +314,7 @@ def test_a_language_that_the_checkpoint_lacks(tmp_path, language, n_vocab, words
     ("mr", "दऱ\u094d\u200dया", "दऱ\u094dया"), ("ne", "गर\u094d\u200dयो", "गर\u094dयो"),
     ("bn", "র\u200d\u09cdয", "র\u09cdয"),
     ("fa", "می\u200cروم", "میروم"), ("si", "ක\u0dca\u200dර", "ක\u0dcaර"), ("ml", "അവന\u0d4d\u200d", "അവൻ"),
+    ("ml", "അവന\u0d4d", "അവന\u0d4d"),
     ("bn", "হঠাত\u09cd\u200d", "হঠাৎ"), ("ar", "كـــتاب", "كتاب"), ("ar", "\ufefb", "لا"), ("mn", "ᠠ\u180bᠨ", "ᠠᠨ"),
     ("de", "Schiff\xadfahrt", "schifffahrt"), ("ko", "한\ufe0f글", "한글"), ("uk", "м’ята", "мята"),
     ("uk", "м'ята", "мята"), ("uk", "мʼята", "мята"), ("uz", "oʻzbek", "ozbek"), ("uz", "o`zbek", "ozbek"),
