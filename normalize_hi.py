@@ -145,8 +145,9 @@ _rs = f"(?:rs|र[ुू])(?<![{W}]..)(?![{W}])"
 _tail = " ?/ ?[-‐–—−=]"                                                # ₹500/- रुपये says it three times
 _again = rf"(?:{_tail})?(?: ?(?:र[ुू]प(?:ये|ए|या)(?![{W}])|{_rs}\.?(?! ?[0-9])))?(?: only(?![{W}]))?"
 _open = "(?<![^ (\\[{<>=~,\"'“‘" + _symbol                              # what a sign or a bare decimal may follow
-PRICE_BEFORE = re.compile(rf"([{_symbol}]|(?:rs|र[ुू])(?<![{W}]..)|र[ुू]प(?:ये|ए)(?= ?[0-9,.]+{_tail}))\.? ?"
-                          rf"(ऋण |प्लस )?({_amount}){_again}")
+# [...] comes first, since re looks for a set faster than for one of several words
+PRICE_BEFORE = re.compile(rf"([rर{_symbol}](?:(?<=[^rर])|(?:(?<=r)s|(?<=र)[ुू])(?<![{W}]..)"
+                          rf"(?:प(?:ये|ए)(?= ?[0-9,.]+{_tail}))?))\.? ?(ऋण |प्लस )?({_amount}){_again}")
 PRICE_AFTER = re.compile(rf"([0-9](?:{_magnitude})*)(?: ?([{_symbol}]|{_rs})(?! ?[0-9])\.?|{_tail}){_again}")
 # A sign touches its number and nothing before it: 5-7, 5 -7, कोविड-19 and "नहीं - 7" have none; nor has धारा -370
 PLUS_MINUS = re.compile(
@@ -225,7 +226,8 @@ def numbers_in_words(text: str) -> str:
     text = SPEED.sub(lambda m: f"{m[1]} प्रति {m[2] or 'घंटा'}", text) if "/" in text else text
     if not DIGIT.search(text):
         return text
-    text = AREA.sub(lambda m: f" {'वर्ग' if m[2] == '2' else 'घन'} {'मी' if m[1] == 'm' else m[1]} ", text)
+    if "^" in text:
+        text = AREA.sub(lambda m: f" {'वर्ग' if m[2] == '2' else 'घन'} {'मी' if m[1] == 'm' else m[1]} ", text)
     text = TELEPHONE.sub(_telephone, BARE_DECIMAL.sub("0.", YEAR_ZERO.sub("", text)))
     text = PLUS_MINUS.sub(lambda m: "प्लस " if m[1] == "+" else "ऋण ", text)
     text = PRICE_BEFORE.sub(lambda m: f"{m[2] or ''}{m[3]} {CURRENCIES.get(m[1], 'रुपये')} ", text)
