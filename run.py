@@ -203,10 +203,12 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
     plan = decide(model, s, curvature)
     gone, of = plan.removed()
     if s.importance == "curvature":
-        mine = [[(i,)] for i in np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()]
+        some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
+        some.sort(key=train.n_targets)           # alike in length, so that hardly a position is padding
+        keys = [[(i,) for i in some[j: j + s.batch]] for j in range(0, len(some), s.batch)]
 
         def listen() -> None:
-            for mel, text, _ in batches(train, s, mine):
+            for mel, text, _ in batches(train, s, keys):
                 with autocast(s):
                     model.decoder(text.to(s.device), model.encoder(mel.to(s.device)))
         for share in ROUNDS:
