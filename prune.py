@@ -13,29 +13,28 @@ mlp.2), a value dimension of a head (row of value, its bias, column of out), a q
     pass 1   group j goes    where  n_j < max(floor * mean(n), mean(n) + z1 * std(n))                (1)
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
-That is the paper's wording. In a Whisper that OpenAI trained a small norm is no small loss, so n_j may be the
-cost of the group itself. To second order, setting the weights of g_j to zero raises the loss L by
+That is the paper's wording. In a Whisper that OpenAI trained, a small norm is no small loss. So n_j may instead be
+what removing the group costs. To second order, setting the weights of g_j to zero raises the loss L by
 
     L(0) - L(w)  =  -sum_i w_i dL/dw_i  +  1/2 sum_ik w_i w_k H_ik  ~  1/2 sum_i w_i^2 h_i                  (3)
 
-as the gradient vanishes at a minimum, with the diagonal of the Hessian for the whole (Optimal Brain Damage:
-LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is the mean squared gradient, and Adam has
-it: its second moment, bias-corrected. Given as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i): twice (3)
-under the root, in units of the loss, so not divided by a size, and the same for a rescaled group (value by a,
-out by 1/a) that computes the same.
+where the gradient vanishes, as it does at a minimum, with the Hessian's diagonal h for the whole (Optimal Brain
+Damage: LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is the mean squared gradient, and Adam
+keeps it. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), the root of twice (3): in units of the
+loss, so divided by no size, and the same for a group rescaled (value by a, out by 1/a) that computes the same.
 
-(1) pools norms over one side, encoder or decoder, and curvature over the model, as it compares all kinds of
-groups in nats. (2) goes one matrix at a time by |w|; biases stay.
-Its mean and std are taken afresh: the spike near zero that pass 1 removed had pulled both down. std divides
-by n, not n - 1. Source: TSPAR, arXiv 2510.12666, published without code: two passes and thresholds from mean
-and std are the paper's; (1), (2), the pooling and the floor are our reading.
+(1) pools norms over one side, encoder or decoder, and curvature over the model, as nats compare with nats. (2) goes
+one matrix at a time by |w|, biases stay; mean and std are taken afresh, because the spike near zero that pass 1
+removed had pulled both down. std divides by n, not n - 1. Source: TSPAR, arXiv 2510.12666, published without code:
+two passes and thresholds from mean and std are the paper's; (1) to (4), the pooling and the floor are our reading.
 
 The plan is evened before anything is cut, so that dense kernels stay fast (on a CPU, PyTorch fuses attention only
 where query/key and value are equally wide): the heads of one attention keep one width, the same for query/key and
 value, all widths a multiple of 8; a head's strongest doomed dimensions stay until it matches. A head without value
 dimensions adds nothing and goes whole; one without query/key dimensions averages its values, which is not nothing,
-so it keeps its strongest. One head and one group always stay. `mask_` writes zeros and defines what a plan means;
-`remove_` is the same function in smaller shapes: whisper divides scores by sqrt(head width), so query is scaled.
+so it keeps its strongest. One head and one group always stay. `refit_` solves what reads from the doomed groups
+anew, `mask_` writes zeros and defines what a plan means, `remove_` is the same function in smaller shapes: whisper
+divides scores by sqrt(head width), so query is scaled.
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes its
 producer along and is listed as X.vo or X.mlp (query/key keep their width then, so only whole heads go). query, key,
@@ -226,14 +225,14 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
 
 @torch.no_grad()
 def second_moments(model: Whisper, forward: Callable[[], None]) -> dict[str, Tensor]:
-    """Sum of x x^T over every position that forward() runs the model on, x = (input, 1) of each out and mlp.2:
-    (n + 1, n + 1) float32, whose last entry counts the positions. Some 10,000 positions of text do for base."""
+    """Sum of x x^T over the positions that forward() runs the model on, x = (input, 1) of each out and mlp.2:
+    (n + 1, n + 1) float32, the last entry the number of positions."""
     sums, hooks = {}, []
     for name, linear in _modules(model, nn.Linear):
         if name.endswith((".out", ".mlp.2")):
             def listen(_, inputs, name=name) -> None:
                 x = nn.functional.pad(inputs[0].float().flatten(0, -2), (0, 1), value=1)
-                with torch.autocast(x.device.type, enabled=False):         # bf16 sums are not positive definite
+                with torch.autocast(x.device.type, enabled=False):         # sums in bf16 are not positive definite
                     sums[name] = sums.get(name, 0) + x.T @ x
             hooks.append(linear.register_forward_pre_hook(listen))
     try:
@@ -246,21 +245,20 @@ def second_moments(model: Whisper, forward: Callable[[], None]) -> dict[str, Ten
 
 @torch.no_grad()
 def refit_(model: Whisper, plan: Plan, moments: dict[str, Tensor], ridge: float = 0.1) -> None:
-    """Before mask_ or remove_: solve out and mlp.2 anew on the inputs S that stay, by least squares with a ridge
-    towards the weights that they have,
+    """Before mask_ or remove_: give out and mlp.2, the readers of what goes, the weights on the inputs S that stay
+    which replace it best, by least squares over the positions of `second_moments` of this model,
 
-        W', b' = argmin sum |W x + b - W'x_S - b'|^2 + r |(W', b') - (W_S, b)|^2,   r = ridge * mean sum x_i^2   (4)
+        W', b' = argmin sum |W x + b - W'x_S - b'|^2 + r |(W', b') - (W_S, b)|^2,  r = ridge * mean_i sum x_i^2   (4)
 
-    moments are those of this model (`second_moments`). What stays so does what has gone did, as far as the two go
-    together. Widths that do not fit the plan raise ValueError."""
+    ValueError if the plan is for another model."""
     _parameters(model, plan)
-    for name, total in moments.items():
+    for name, moment in moments.items():
         linear, stem = model.get_submodule(name), name.rpartition(".")[0]
         keep = plan.keep.get(stem if name.endswith("mlp.2") else f"{stem}.vo")
         if keep is None or keep.all():
             continue
-        stay = torch.cat([keep, torch.ones(1, dtype=torch.bool)]).nonzero().flatten().to(total.device)      # and the bias
-        W, M = torch.cat([linear.weight, linear.bias[:, None]], 1).double(), total.double()
+        stay = nn.functional.pad(keep, (0, 1), value=True).nonzero().flatten().to(moment.device)      # and the bias
+        W, M = torch.cat([linear.weight, linear.bias[:, None]], 1).double(), moment.double()
         r = ridge * M.diagonal().mean()
         left, right = M[stay][:, stay] + r * torch.eye(len(stay), device=M.device), W @ M[:, stay] + r * W[:, stay]
         solved = torch.linalg.solve(left, right.T).T.to(linear.weight.dtype)
