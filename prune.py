@@ -13,29 +13,28 @@ mlp.2), a value dimension of a head (row of value, its bias, column of out), a q
     pass 1   group j goes    where  n_j < max(floor * mean(n), mean(n) + z1 * std(n))                (1)
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
-That is the paper's wording. In a Whisper that OpenAI trained a small norm is no small loss, so n_j may be the
-cost of the group itself. To second order, setting the weights of g_j to zero raises the loss L by
+That is the paper's wording. In a Whisper that OpenAI trained, a small norm is no small loss. So n_j may instead be
+what removing the group costs. To second order, setting the weights of g_j to zero raises the loss L by
 
     L(0) - L(w)  =  -sum_i w_i dL/dw_i  +  1/2 sum_ik w_i w_k H_ik  ~  1/2 sum_i w_i^2 h_i                  (3)
 
-as the gradient vanishes at a minimum, with the diagonal of the Hessian for the whole (Optimal Brain Damage:
-LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is the mean squared gradient, and Adam has
-it: its second moment, bias-corrected. Given as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i): twice (3)
-under the root, in units of the loss, so not divided by a size, and the same for a rescaled group (value by a,
-out by 1/a) that computes the same.
+where the gradient vanishes, as it does at a minimum, with the Hessian's diagonal h for the whole (Optimal Brain
+Damage: LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is the mean squared gradient, and Adam
+keeps it. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), the root of twice (3): in units of the
+loss, so divided by no size, and the same for a group rescaled (value by a, out by 1/a) that computes the same.
 
-(1) pools norms over one side, encoder or decoder, and curvature over the model, as it compares all kinds of
-groups in nats. (2) goes one matrix at a time by |w|; biases stay.
-Its mean and std are taken afresh: the spike near zero that pass 1 removed had pulled both down. std divides
-by n, not n - 1. Source: TSPAR, arXiv 2510.12666, published without code: two passes and thresholds from mean
-and std are the paper's; (1), (2), the pooling and the floor are our reading.
+(1) pools norms over one side, encoder or decoder, and curvature over the model, as nats compare with nats. (2) goes
+one matrix at a time by |w|, biases stay; mean and std are taken afresh, because the spike near zero that pass 1
+removed had pulled both down. std divides by n, not n - 1. Source: TSPAR, arXiv 2510.12666, published without code:
+two passes and thresholds from mean and std are the paper's; (1) to (4), the pooling and the floor are our reading.
 
 The plan is evened before anything is cut, so that dense kernels stay fast (on a CPU, PyTorch fuses attention only
 where query/key and value are equally wide): the heads of one attention keep one width, the same for query/key and
 value, all widths a multiple of 8; a head's strongest doomed dimensions stay until it matches. A head without value
 dimensions adds nothing and goes whole; one without query/key dimensions averages its values, which is not nothing,
-so it keeps its strongest. One head and one group always stay. `mask_` writes zeros and defines what a plan means;
-`remove_` is the same function in smaller shapes: whisper divides scores by sqrt(head width), so query is scaled.
+so it keeps its strongest. One head and one group always stay. `refit_` solves what reads from the doomed groups
+anew, `mask_` writes zeros and defines what a plan means, `remove_` is the same function in smaller shapes: whisper
+divides scores by sqrt(head width), so query is scaled.
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes its
 producer along and is listed as X.vo or X.mlp (query/key keep their width then, so only whole heads go). query, key,
@@ -48,6 +47,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
+from pickle import PickleError             # what torch.load(weights_only=True) raises; nothing here unpickles
+from struct import error as StructError
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class KeptDecoder(TextDecoder):
     def kept_logits(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
         """(B, T, rows), what training needs. ValueError if an id has no row."""
         rows = self.row_of[ids]
-        if not rows.is_meta and (rows < 0).any():
+        if not (rows.is_meta or torch.compiler.is_compiling()) and (rows < 0).any():
             raise ValueError(f"ids {ids[rows < 0].unique().tolist()} have no row; keep them in vocabulary_, or "
                              "give a prompt without them")
         return super().forward(rows, audio, kv_cache)
@@ -114,23 +115,6 @@ class Plan:
                 left[p] = [*left[p][:axis], int(keep.sum()), *left[p][axis + 1:]]
         return of - sum(map(math.prod, left.values())), of
 
-    def pooled(self, side: str) -> tuple[Tensor, float]:
-        """n_j of all groups of "encoder" or "decoder", and the threshold of pass 1 there."""
-        names = [name for name in self.norms if name.startswith(side)]
-        return torch.cat([self.norms[name] for name in names]), self.cuts[names[0]]
-
-    def histogram(self, bins: int = 12, width: int = 40) -> str:
-        """n_j of each side as bars of text, with pass 1's threshold where it falls."""
-        lines = []
-        for side in dict.fromkeys(map(side_of, self.norms)):
-            norms, cut = self.pooled(side)
-            counts, edges = (x.tolist() for x in torch.histogram(norms, bins))
-            lines.append(f"{side}: norms of {len(norms):,} groups, {(norms < cut).sum():,} below the cut at {cut:.4f}")
-            for count, low, high in zip(counts, edges, edges[1:]):
-                bar, mark = "#" * math.ceil(width * count / max(counts)), "  <- cut" if low <= cut < high else ""
-                lines.append(f"  from {low:6.4f} {int(count):>6,} {bar:<{width}}{mark}".rstrip())
-        return "\n".join(lines)
-
     def __str__(self) -> str:
         head = "{:35}{:>8}{:>8}{:>8}{:>10}{:>10}".format
         row = "{:35}{:8.4f}{:8.4f}{:8.4f}{:>10}{:>10,}".format
@@ -151,19 +135,8 @@ def units(model: Whisper) -> dict[str, Group]:
     return {name: [(params[p], axis) for p, axis in _members(name)] for name in _unit_names(model)}
 
 
-def side_of(name: str) -> str:
-    """"encoder" or "decoder": what pass 1 pools norms over."""
-    return name.partition(".")[0]
-
-
-def whole(name: str) -> str:
-    """One label for all groups: what pass 1 pools curvature over."""
-    return "model"
-
-
 def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float = -0.25, z2: float | None = -1.0,
-             floor: float = 0.05, multiple: int = 8, curvature: dict[str, Tensor] | None = None,
-             pool: Callable[[str], str] | None = None) -> Plan:
+             floor: float = 0.05, multiple: int = 8, curvature: dict[str, Tensor] | None = None) -> Plan:
     """Decide by (1) and (2) what goes; the model is only read.
 
     groups    name -> [(parameter, axis)]: units(model) if None, else any of these and any columns
@@ -172,8 +145,6 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
     multiple  widths are rounded up to it; 1 only evens the heads
     curvature parameter name -> mean squared gradient, of the parameter's shape, any float dtype: (3) for n_j;
               None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
-    pool      group names for which it says the same share mean, std and threshold; pool=str: each its own.
-              None: `side_of` for norms, `whole` for curvature
 
     Raises ValueError on a block weight or a setting that is not finite, on a group of another model, and on
     curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
@@ -181,9 +152,10 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
         if not math.isfinite(value) or (key == "floor" and value < 0):
             raise ValueError(f"{key} is {value}; give a finite number, and floor at least 0")
     norms, cuts = _norms(model, units(model) if groups is None else groups, curvature), {}
-    pool = pool or (side_of if curvature is None else whole)
-    for label in dict.fromkeys(map(pool, norms)):
-        inside = [name for name in norms if pool(name) == label]
+    for side in ("encoder", "decoder") if curvature is None else ("",):
+        inside = [name for name in norms if name.startswith(side)]
+        if not inside:
+            continue
         pooled = torch.cat([norms[name] for name in inside])
         mean, std = pooled.mean().item(), pooled.std(correction=0).item()
         cuts |= dict.fromkeys(inside, max(floor * mean, mean + z1 * std))
@@ -253,14 +225,14 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
 
 @torch.no_grad()
 def second_moments(model: Whisper, forward: Callable[[], None]) -> dict[str, Tensor]:
-    """Sum of x x^T over every position that forward() runs the model on, x = (input, 1) of each out and mlp.2:
-    (n + 1, n + 1) float32, whose last entry counts the positions. Some 10,000 positions of text do for base."""
+    """Sum of x x^T over the positions that forward() runs the model on, x = (input, 1) of each out and mlp.2:
+    (n + 1, n + 1) float32, the last entry the number of positions."""
     sums, hooks = {}, []
     for name, linear in _modules(model, nn.Linear):
         if name.endswith((".out", ".mlp.2")):
             def listen(_, inputs, name=name) -> None:
                 x = nn.functional.pad(inputs[0].float().flatten(0, -2), (0, 1), value=1)
-                with torch.autocast(x.device.type, enabled=False):         # bf16 sums are not positive definite
+                with torch.autocast(x.device.type, enabled=False):         # sums in bf16 are not positive definite
                     sums[name] = sums.get(name, 0) + x.T @ x
             hooks.append(linear.register_forward_pre_hook(listen))
     try:
@@ -273,21 +245,20 @@ def second_moments(model: Whisper, forward: Callable[[], None]) -> dict[str, Ten
 
 @torch.no_grad()
 def refit_(model: Whisper, plan: Plan, moments: dict[str, Tensor], ridge: float = 0.1) -> None:
-    """Before mask_ or remove_: solve out and mlp.2 anew on the inputs S that stay, by least squares with a ridge
-    towards the weights that they have,
+    """Before mask_ or remove_: give out and mlp.2, the readers of what goes, the weights on the inputs S that stay
+    which replace it best, by least squares over the positions of `second_moments` of this model,
 
-        W', b' = argmin sum |W x + b - W'x_S - b'|^2 + r |(W', b') - (W_S, b)|^2,   r = ridge * mean sum x_i^2   (4)
+        W', b' = argmin sum |W x + b - W'x_S - b'|^2 + r |(W', b') - (W_S, b)|^2,  r = ridge * mean_i sum x_i^2   (4)
 
-    moments are those of this model (`second_moments`). What stays so does what has gone did, as far as the two go
-    together. Widths that do not fit the plan raise ValueError."""
+    ValueError if the plan is for another model."""
     _parameters(model, plan)
-    for name, total in moments.items():
+    for name, moment in moments.items():
         linear, stem = model.get_submodule(name), name.rpartition(".")[0]
         keep = plan.keep.get(stem if name.endswith("mlp.2") else f"{stem}.vo")
         if keep is None or keep.all():
             continue
-        stay = torch.cat([keep, torch.ones(1, dtype=torch.bool)]).nonzero().flatten().to(total.device)      # and the bias
-        W, M = torch.cat([linear.weight, linear.bias[:, None]], 1).double(), total.double()
+        stay = nn.functional.pad(keep, (0, 1), value=True).nonzero().flatten().to(moment.device)      # and the bias
+        W, M = torch.cat([linear.weight, linear.bias[:, None]], 1).double(), moment.double()
         r = ridge * M.diagonal().mean()
         left, right = M[stay][:, stay] + r * torch.eye(len(stay), device=M.device), W @ M[:, stay] + r * W[:, stay]
         solved = torch.linalg.solve(left, right.T).T.to(linear.weight.dtype)
@@ -312,7 +283,6 @@ def magnitude_(model: Whisper, fraction: float) -> float:
 
 def zeros(model: Whisper) -> list[tuple[nn.Parameter, Tensor]]:
     """(weight, True where not zero) of the blocks; weight.data.mul_(keep) after a step keeps zeros zero."""
-    _parameters(model)
     return [(linear.weight, linear.weight.detach() != 0) for _, linear in _modules(model, nn.Linear)]
 
 
@@ -393,9 +363,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
             if rows % attn.n_head or name not in heads and rows != attn.out.out_features:
                 raise ValueError(f"no head count that fits {name}")
         _align(model, checkpoint.get("alignment_heads") or model.alignment_heads.indices().T.tolist())
-    except OSError:
-        raise
-    except Exception as e:                 # bytes of another kind can make torch.load raise anything
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError,
+            ImportError, PickleError, StructError) as e:       # what bytes of another kind make torch.load raise
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
                          f"write it with prune.save ({type(e).__name__}: {str(e).partition('. ')[0]})") from e
     return model.to(device)

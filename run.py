@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -128,10 +128,12 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
     plan = decide(model, s, curvature)
     gone, of = plan.removed()
     if s.importance == "curvature":
-        mine = [[(i,)] for i in np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()]
+        some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
+        some.sort(key=train.n_targets)           # alike in length, so that hardly a position is padding
+        keys = [[(i,) for i in some[j: j + s.batch]] for j in range(0, len(some), s.batch)]
 
         def listen() -> None:
-            for mel, text, _ in batches(train, s, mine):
+            for mel, text, _ in batches(train, s, keys):
                 with autocast(s):
                     model.decoder(text.to(s.device), model.encoder(mel.to(s.device)))
         for share in ROUNDS:
@@ -404,14 +406,16 @@ def heard(model: Whisper, path: str, s: Settings) -> str:
 
 
 def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
-    """Corpus WER and CER of normalized text, in percent; errors and words of each clip; the 95% interval of the WER."""
+    """Corpus WER and CER of normalized text, in percent; errors and words of each clip; the 95% interval of the WER.
+    Where every word is one character (SPACELESS), the WER is the CER."""
     pairs = [(r, h) for r, h in zip(references, hypotheses) if r]        # no word said, no rate
     need(pairs, "no reference has a word left after normalization; look at --language and the sentence column")
     counts = [jiwer.process_words(r, h) for r, h in pairs]
     errors = [c.substitutions + c.deletions + c.insertions for c in counts]
     words = [c.hits + c.substitutions + c.deletions for c in counts]
-    return {"wer": 100 * sum(errors) / sum(words), "cer": 100 * jiwer.cer(*map(list, zip(*pairs))),
-            "wer_ci95": interval(errors, words, seed), "errors": errors, "words": words}
+    wer, characters = 100 * sum(errors) / sum(words), all(len(word) == 1 for r, _ in pairs for word in r.split())
+    return {"wer": wer, "cer": wer if characters else 100 * jiwer.cer(*map(list, zip(*pairs))),
+            "unit": "character" if characters else "word", "wer_ci95": interval(errors, words, seed), "errors": errors, "words": words}
 
 
 def interval(errors: list[int], words: list[int], seed: int) -> list[float]:
@@ -423,15 +427,34 @@ def interval(errors: list[int], words: list[int], seed: int) -> list[float]:
     return np.percentile(100 * np.array(errors)[drawn].sum(1) / np.array(words)[drawn].sum(1), [2.5, 97.5]).tolist()
 
 
+SPACELESS = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}          # no space between words: the character counts
+APOSTROPHE = re.compile("(?<=\\S)['’‘`´ʹ׳״\"＇](?=\\w)")                 # within a word, typed in many ways
+# The grapheme joiner, the letter apostrophes, the Arabic stretch and the variation selectors are not of category Cf.
+UNSEEN = re.compile("[\u034f\u02bb\u02bc\u0640\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+ONE_LETTER = dict(zip("ണ് ന് ര് ല് ള് ക് ত্".split(), "ൺൻർൽൾൿৎ"))            # with a joiner behind: spelled so before Unicode 5
+
+
 def normalizer(language: str):
-    """Hindi has its own, English has Whisper's. Elsewhere compatibility forms are folded and punctuation becomes space:
-    Whisper's BasicTextNormalizer would delete the vowel signs of every Indic script."""
+    """Hindi has its own, English has Whisper's. Elsewhere compatibility forms are folded, punctuation becomes space, and
+    what is not seen (joiners stand inside words) goes without a trace, as do apostrophes within a word: Whisper's
+    BasicTextNormalizer would delete the vowel signs of every Indic script. A language without spaces between words
+    gets one around each character, so that its words are its characters."""
     if language == "hi":
         return normalize
     if language == "en":
         return EnglishTextNormalizer()
-    return lambda text: " ".join("".join(
-        " " if unicodedata.category(c)[0] in "PSZC" else c for c in unicodedata.normalize("NFKC", text).lower()).split())
+
+    def plain(c: str) -> str:
+        kind = unicodedata.category(c)
+        return "" if kind == "Cf" else " " if kind[0] in "PSZC" else c
+
+    def clean(text: str) -> str:
+        for typed, letter in ONE_LETTER.items():
+            text = text.replace(typed + "\u200d", letter)
+        text = unicodedata.normalize("NFKC", APOSTROPHE.sub("", text)).lower()
+        words = "".join(map(plain, UNSEEN.sub("", text))).split()
+        return " ".join("".join(words) if language in SPACELESS else words)
+    return clean
 
 
 def table(rows: list[dict]) -> str:
@@ -448,6 +471,9 @@ def table(rows: list[dict]) -> str:
                      f" {r['cer']:5.1f}")
     lines += ["in blocks: the parameters that pruning can reach; memory, FLOPs: to encode and",
               "decode one clip; WER, CER: word and character errors as a share of what was said"]
+    if rows[0].get("unit") == "character":
+        lines[1] = lines[1].replace("WER", "CER")
+        lines.append("This language has no spaces: characters count, here and wherever WER is said.")
     return "\n".join(lines)
 
 
@@ -468,66 +494,130 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
+XING = re.compile(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", re.S)         # flags, frames, bytes of an MP3
+
+
+@contextmanager
+def opened(path: Path):
+    """The soundfile.SoundFile of an audio file. Stops where libsndfile reads none, or less than a header promises."""
+    need(os.path.isfile(path), f"{path} is no file; give one that libsndfile reads: mp3, ogg, flac, wav")
+    try:
+        # By number, not by name: soundfile takes anything called x.raw or x.gsm for sound without a header.
+        with open(path, "rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+            log = file.extra_info                # a size near 2^31 or 2^32 was not known when the header was written
+            sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
+            if file.format == "MP3" and (xing := XING.search(os.pread(raw.fileno(), 4096, 0))):
+                sizes = [(int.from_bytes(xing[1], "big"), os.stat(path).st_size)]
+            cut = any(int(here) < 0.99 * int(said) and int(said) < 0x7FFF0000 for said, here in sizes)
+            need(not (cut or re.search("end-of-stream|Junk after the last page", log) or file.frames > 1 << 40),
+                 f"{path} is cut short, damaged at its end, or of unknown length; replace it, or take it out")
+            yield file
+    except (RuntimeError, OSError) as error:
+        text = getattr(error, "error_string", error)
+        raise Stop(f"{path} is no readable audio ({text}); replace it, or take it out") from None
+
+
+def duration(path: Path) -> float:
+    """Seconds by the header, if the sound goes so far. Holes in it show when it is read, which takes far longer."""
+    if os.path.isfile(path) and path.stat().st_size == 0:
+        return 0.0
+    with opened(path) as file:
+        if file.frames and file.format == "FLAC":                      # alone in saying nothing about its bytes
+            file.seek(max(0, file.frames - file.samplerate // 10))
+            need(len(file.read(1)), f"{path} is cut short; replace it, or take it out")
+        return file.frames / file.samplerate
+
+
 def read_audio(path: Path) -> np.ndarray:
-    """Mono float32 samples at 16 kHz from whatever libsndfile reads: mp3, ogg, flac, wav.
+    """Mono float32 samples at 16 kHz from whatever libsndfile reads: mp3, ogg, flac, wav. Stops if some are missing.
 
     Another rate is converted in the frequency domain: the spectrum below the lower of the two Nyquist frequencies
-    goes back at the new length, which is exact for all that both rates can carry, where a clip begins and ends quietly.
-    40 tones below 7 kHz, faded in and out, from 32, 44.1 and 48 kHz: error at most -215 dB of the exact samples (soxr 1.1
-    at its best quality -74 dB, scipy 1.17's resample_poly -46 dB).
+    goes back at the new length, which is exact for all that both rates can carry, where a clip begins and ends
+    quietly. 40 tones below 7 kHz, faded in and out, from 32, 44.1 and 48 kHz: error at most -215 dB of the exact
+    samples (soxr 1.1 at its best quality -74 dB, scipy 1.17's resample_poly -46 dB).
     """
-    need(Path(path).is_file(), f"{path} is no file; give one that libsndfile reads: mp3, ogg, flac, wav")
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError) as error:
-        raise Stop(f"{path} is no readable audio ({error}); replace it, or take it out of the list") from None
-    need(len(samples) and np.isfinite(samples).all(), f"{path} has no samples, or some that are no numbers; replace it")
-    mono = samples.mean(1)
+    with opened(Path(path)) as file:
+        samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+        # Damaged parts of an Ogg or MP3 are left out in silence; an MP3 without Xing header is read as far as its
+        # first frame lets expect. A tenth of a second: a frame or two that an encoder promised in vain.
+        whole = file.format != "MP3" or os.lseek(file.name, 0, os.SEEK_CUR) > 0.9 * os.stat(path).st_size
+        need(whole and len(samples) >= file.frames - rate / 10,
+             f"{path} is damaged, or an MP3 without Xing header: {len(samples) / rate:.2f} s of it can be decoded, "
+             "not the whole; replace it, or write it anew with ffmpeg -i OLD.mp3 -c copy NEW.mp3")
+    need(len(samples) and np.isfinite(samples).all(), f"{path} has no samples, or some are no numbers; replace it")
+    mono, power = samples.mean(1), np.square(samples).sum(0)
+    if np.square(mono).sum() < 0.01 * power.max():                     # channels of opposite phase cancel
+        mono = samples[:, power.argmax()]
     n = round(len(mono) * SAMPLE_RATE / rate)
     if rate == SAMPLE_RATE or n == 0:
         return mono
     return (np.fft.irfft(np.fft.rfft(mono)[: n // 2 + 1], n) * (n / len(mono))).astype(np.float32)
 
 
+def read_table(table: Path, limit: int = 0) -> list[tuple[int, str, str]]:
+    """(line as an editor counts it, path, sentence) of each row. Tabs part the fields; " is a character."""
+    need(os.path.isfile(table) and os.access(table, os.R_OK), f"{table} cannot be read; a folder like Common Voice's "
+         "is needed: train.tsv, dev.tsv, test.tsv, clips/")
+    text = table.read_text(encoding="utf-8-sig", errors="replace")
+    odd = re.search("[\0\ufffd]|\\Z", text).start()
+    need(odd == len(text), f"{table}, line {text.count(chr(10), 0, odd) + 1} is no UTF-8; save the table as UTF-8")
+    lines = [(number, line.split("\t")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    names, lines = lines[0][1] if lines else [], lines[1:][: limit or None]
+    need(names.count("path") == names.count("sentence") == 1 and lines, f"{table} has {len(lines)} rows of the "
+         f"columns {', '.join(names)}; it needs one row or more, and path and sentence once each in the first line")
+    for number, fields in lines:
+        need(len(fields) == len(names), f"{table}, line {number} has {len(fields)} fields, the first {len(names)}; "
+             "take tabs and line breaks out of its sentence, or put in what is missing")
+    path, sentence = names.index("path"), names.index("sentence")
+    return [(number, fields[path].replace("\\", "/"), fields[sentence].strip()) for number, fields in lines]
+
+
+def find(clips: Path, name: str, listing: dict[str, str]) -> Path:
+    """The file of that name, or one spelled alike: archives and file systems change case and Unicode normalization."""
+    need(name and not os.path.normpath(name).startswith(("..", "/")),
+         f"its path is '{name}'; it must name a file and stay inside {clips}")
+    if os.path.exists(clips / name):             # Path.exists raises for a name too long
+        return clips / name
+    alike = lambda name: unicodedata.normalize("NFC", name.casefold())
+    if not listing and clips.is_dir():           # filled once, by the first that is not there
+        listing.update((alike(there), there) for there in os.listdir(clips))
+    return clips / listing.get(alike(name), name)
+
+
+def encoded(text: str, tokenizer) -> list[int]:
+    """Prompt, text, end."""
+    special = [token for token in tokenizer.special_tokens if token in text] if "<|" in text else []
+    need(not special, f"its sentence holds {', '.join(special)}, which Whisper takes for no text; take that out")
+    return [*tokenizer.sot_sequence_including_notimestamps,
+            *tokenizer.encoding.encode_ordinary(" " + text), tokenizer.eot]
+
+
 class Clips(Dataset):
     """One split of a Common Voice folder, made ready for one model: item i is (log-mel spectrogram, tokens).
 
-    What the model's window or text context cannot hold is left out, and `left_out` says how much that is.
+    What says nothing, and what the model's window or text context cannot hold, is left out; `left_out` says how much.
     """
 
     def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, keep: bool = True):
-        table, window, context = folder / f"{split}.tsv", model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
-        try:
-            with open(table, encoding="utf-8-sig", newline="") as file:         # no quoting: a lone " is a character
-                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: limit or None]
-        except (OSError, UnicodeDecodeError) as error:
-            raise Stop(f"{table} cannot be read ({error}); a folder like Common Voice's is needed: train.tsv, "
-                       "dev.tsv, test.tsv, clips/") from None
-        short = [i for i, row in enumerate(rows, 2) if not row.get("path") or row.get("sentence") is None]
-        need(rows and not short, f"{table} has {len(rows)} rows with the columns {list(rows[0]) if rows else []}"
-             f"{f', and line {short[0]} lacks one' if short else ''}; it needs at least one row, and in each a path and a "
-             "sentence, tab-separated, named in the first line")
-        start = [*tokenizer.sot_sequence_including_notimestamps]
-        self.n_start, self.n_mels, self.n_frames = len(start), model.dims.n_mels, 2 * model.dims.n_audio_ctx
-        self.paths, self.sentences, self.tokens, broken, left_out = [], [], [], [], Counter()
-        for row in rows:
-            path, text = folder / "clips" / row["path"], row["sentence"].strip()
-            need(not os.path.isabs(row["path"]) and not os.path.normpath(row["path"]).startswith(".."),
-                 f"{table} names {row['path']}, outside of {folder / 'clips'}; a path must stay inside")
-            tokens = start + tokenizer.encode(" " + text) + [tokenizer.eot]
-            try:
-                seconds = soundfile.info(path).duration      # a broken clip shows now, not after an hour
-            except (RuntimeError, OSError):
-                broken.append(path)
+        self.n_start, self.n_mels = len(tokenizer.sot_sequence_including_notimestamps), model.dims.n_mels
+        self.n_frames, window, context = 2 * model.dims.n_audio_ctx, model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
+        table, clean, listing = folder / f"{split}.tsv", normalizer(tokenizer.language or "en"), {}
+        rows, kept, left_out, faults = read_table(table, limit), [], Counter(), []
+        for line, name, text in rows:
+            try:                                 # what is wrong with a row shows now, not after an hour
+                path, tokens = find(folder / "clips", name, listing), encoded(text, tokenizer)
+                seconds = duration(path)
+            except Stop as stop:
+                faults.append(f"{table}, line {line}: {stop}")
                 continue
-            reasons = {"without sound": seconds == 0, "without text": not text, f"over {window:g} s": seconds > window,
-                       f"over {context} tokens": len(tokens) - 1 > context}
-            left_out.update(reason for reason, true in reasons.items() if true)
-            if not any(reasons.values()):
-                self.paths.append(path), self.sentences.append(text), self.tokens.append(tokens)
-        need(not broken, f"{len(broken)} of the {len(rows)} clips of {table} are missing or no audio, the first is "
-             f"{broken[0] if broken else ''}; replace them, or take their rows out")
-        need(self.paths, f"no clip of {table} fits the model's window of {window:g} s and {context} tokens; take another model")
+            reason = ("without sound" if not seconds else "without text" if not any(map(str.isalnum, clean(text))) else
+                      f"over {window:g} s" if seconds > window else
+                      f"over {context} tokens" if len(tokens) - 1 > context else None)
+            left_out.update([reason] if reason else [])
+            kept += [] if reason else [(path, text, tokens)]
+        need(not faults, "".join(faults[:1]) + f" ({len(faults):,} of {len(rows):,} rows have a fault)")
+        need(kept, f"no clip of {table} has words and fits the model's {window:g} s, {context} tokens; take another")
+        self.paths, self.sentences, self.tokens = map(list, zip(*kept))
         self.left_out = "left out: " + ", ".join(f"{n} {reason}" for reason, n in left_out.items()) if left_out else ""
         self.mels: dict[int, torch.Tensor] | None = {} if keep else None
 
@@ -549,7 +639,7 @@ class Clips(Dataset):
         return self.mels[i].float()
 
     def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[int]]:
-        """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in whatever process, now or resumed."""
+        """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in any process, now or resumed."""
         mel = self.mel(key[0])
         return augment(mel[None], np.random.default_rng(key[1:]))[0] if key[1:] else mel, self.tokens[key[0]]
 
@@ -590,7 +680,7 @@ class Stop(Exception):
     """The end of the run in one sentence for the user: what came, what is needed, what to do."""
 
     def __init__(self, text: str, code: int = 2):
-        super().__init__(text)
+        super().__init__(text.rpartition("Stop: ")[2])       # a DataLoader worker's comes with a traceback before it
         self.code = code                    # 2: bad input, before anything slow; 1: it happened on the way
 
 
@@ -789,10 +879,18 @@ def data_folder(s: Settings) -> Path:
 
 
 def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
-    """One split of the data, for this model."""
+    """One split of the data, for this model. left_out says too what spoils a figure: what is there twice, or in train."""
+    folder, known = data_folder(s), lambda mine, other: sum(one in other for one in mine)
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language,
                               task="transcribe")
-    return Clips(data_folder(s), split, model, tokenizer, s.limit, keep=s.workers == 0)
+    clips = Clips(folder, split, model, tokenizer, s.limit, keep=s.workers == 0)
+    said = {"named twice": len(clips) - len({*clips.paths})}
+    if split != "train" and (folder / "train.tsv").is_file():
+        _, names, sentences = map(set, zip(*read_table(folder / "train.tsv")))
+        said |= {"in train too": known(clips.paths, {folder / "clips" / name for name in names}),
+                 "with a sentence of train": known(clips.sentences, sentences)}
+    clips.left_out = "; ".join(filter(None, [clips.left_out, *(f"{n} {what}" for what, n in said.items() if n)]))
+    return clips
 
 
 def load_model(s: Settings) -> Whisper:
@@ -811,6 +909,8 @@ def load_model(s: Settings) -> Whisper:
             prune.window_(model, s.window)
     need(s.language == "en" or model.is_multilingual,
          f"--model {s.model} knows English alone and --language is {s.language}; take the model without .en")
+    need(s.language in [*LANGUAGES][:model.num_languages], f"--model {s.model} knows {model.num_languages} languages, "
+         f"not --language {s.language}; take large-v3 or turbo, which know {len(LANGUAGES)}, or one made from them")
     return model.eval()
 
 

@@ -4,6 +4,7 @@
     python tests/real.py FOLDER hi_kokoro hi 0
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
     python tests/real.py table                      # the rows of README.md from tests/data/real/*.json
+    python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png
 
 First phase and dense model are trained once; each share of ARMS is pruned from that first phase and recovers for as
 many steps as dense goes on. Results go to tests/data/real/DATA-SEED.json, a file an arm at a time: settings, counts of
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import whisper
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,7 +61,6 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
         run.write(path, lambda file: file.write(json.dumps(done, default=float).encode()))
         print(arm, f"WER {done[arm]['wer']:.1f}  {done[arm]['block_parameters']:,} block parameters", flush=True)
 
-    measured("original", original)
     dense = run.shortened(copy.deepcopy(original), clips["train"], s)
     first = run.fine_tune(dense, clips["train"], s, "dense: fine-tune")
     for share in ARMS:
@@ -72,8 +73,83 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
         if share == ARMS[0]:
             loss = run.fine_tune(dense_ := copy.deepcopy(dense), clips["train"], run.recovery(s), "dense: go on").loss
             measured("dense", dense_, loss=loss)
+    measured("original", original)               # last: what hallucinates takes long
+
+
+def latency(folder: Path) -> None:
+    """Encoder, and greedy decoding of 24 tokens, of one clip: median of 7 rounds in which the models take turns."""
+    models = {"base, 30 s": prune.load(folder / "base.pt"), "base, 8 s": prune.window_(prune.load(folder / "base.pt"), 8)}
+    models |= {f"8 s, {path.stem}": prune.load(path) for path in sorted((ROOT / "runs/real/so762-0").glob("*.pt"))
+               if path.stem != "original"}
+    seconds = {name: {"encoder": [], "greedy": []} for name in models}
+    with torch.inference_mode():
+        for turn in range(8):
+            for name, model in models.items():
+                mel = torch.randn(1, model.dims.n_mels, 2 * model.dims.n_audio_ctx)
+                options = whisper.DecodingOptions(language="en", fp16=False, sample_len=24, suppress_tokens=[50257])
+                started = time.perf_counter()
+                audio = model.encoder(mel)
+                half = time.perf_counter()
+                whisper.decode(model, audio, options)
+                if turn:                         # the first warms up
+                    seconds[name]["encoder"].append(half - started)
+                    seconds[name]["greedy"].append(time.perf_counter() - half)
+    result = {name: {part: 1000 * float(np.median(x)) for part, x in parts.items()} | {
+        "encoder_gflops": flops.encoder(models[name]) / 1e9, "parameters": flops.parameters(models[name])["total"]}
+        for name, parts in seconds.items()}
+    result["machine"] = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    run.write(RESULTS / "latency.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    print(json.dumps(result, indent=1))
+
+
+def table() -> str:
+    """The rows of README.md, from what RESULTS holds."""
+    lines = ["| | | parameters | in blocks | float16 | encoder FLOPs | WER (95%) | WER minus dense (95%) |",
+             "|---|---|---:|---:|---:|---:|---:|---:|"]
+    for path in sorted(RESULTS.glob("*-[0-9].json"), reverse=True):
+        rows = json.loads(path.read_text())
+        dense = rows["dense"]
+        for arm in [arm for arm in ("original", "dense", *(f"{share:.0%}" for share in sorted(ARMS))) if arm in rows]:
+            row, change = rows[arm], ""
+            if arm not in ("original", "dense"):
+                low, high = run.interval(np.subtract(row["errors"], dense["errors"]), dense["words"], 0)
+                change = f"{row['wer'] - dense['wer']:+.1f} ({low:+.1f} to {high:+.1f})"
+            low, high = row["wer_ci95"]
+            name = {"original": "base as it comes", "dense": "fine-tuned: dense"}.get(arm, f"TSPAR, {arm} of the blocks removed")
+            lines.append(f"| {path.stem[:-2]} | {name} | {row['parameters'] / 1e6:.1f} M | {row['block_parameters'] / 1e6:.1f} M "
+                         f"| {row['fp16_bytes'] / 1e6:.0f} MB | {row['encoder_flops'] / 1e9:.1f} G "
+                         f"| {row['wer']:.1f}% ({low:.1f} - {high:.1f}) | {change} |")
+    return "\n".join(lines)
+
+
+def picture(checkpoint: Path) -> None:
+    """What is left of every layer, as bars: the share of each kind's groups."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    model = prune.load(checkpoint)
+    stock = dict(whisper.model.Whisper(model.dims).named_parameters())
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    for side, axis in zip(("encoder", "decoder"), axes):
+        kinds = {"self-attention": "attn.value", "cross-attention": "cross_attn.value", "feed-forward": "mlp.0"}
+        kinds.pop("cross-attention") if side == "encoder" else None
+        blocks = getattr(model, side).blocks
+        for k, (kind, leaf) in enumerate(kinds.items()):
+            share = [len(block.get_submodule(leaf).weight) / len(stock[f"{side}.blocks.{i}.{leaf}.weight"])
+                     for i, block in enumerate(blocks)]
+            axis.bar(np.arange(len(blocks)) + 0.8 * (k + 0.5) / len(kinds) - 0.4, [100 * x for x in share], 0.8 / len(kinds),
+                     label=kind, color={"self-attention": "C0", "cross-attention": "C1", "feed-forward": "C2"}[kind])
+        axis.set(title=side, xlabel="block", ylabel="% of the groups left" if side == "encoder" else "")
+        axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "layers.png", dpi=110)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
+    if sys.argv[1] == "table":
+        print(table())
+    elif sys.argv[1] == "picture":
+        picture(Path(sys.argv[2]))
+    elif sys.argv[2] == "latency":
+        latency(Path(sys.argv[1]))
+    else:
         arms(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])

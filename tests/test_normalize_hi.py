@@ -153,7 +153,7 @@ def test_every_script_counts():
 
 PIECES = """न् म् ङ् ण् ञ् र् त् त्त् व श स ह क द य दुःख चिन्ह ये यी यें येगा हँस अँगना उस ने को कि क्यों रु rs बजे
     वां वी ला सौ उन्नीस लाख छ: श्रृ र्इ ङ ॉ ं अ आ ा े ै ॅ ँ ः ् ़ एवम् कौवा ई याँ बी. एच. a. U.S. ' ’ 5 ५ 10:30
-    1/2 1,000 .5 ° % ₹ $ /- - : . । ॰ ० ½ ² ℃ ™ ॐ ऽ \u0301 \u0338 \u0951 \u200d \u200b é Σ İ \ud800""".split() + [" "]
+    1/2 1,000 .5 ° % ₹ $ /- - − + – ^ km /h m² 98765 011 05 2008 only माइनस ऋण रुपये ₩ मि. ली मी : . । ॰ ० ½ ² ℃ ™ ॐ ऽ \u0301 \u0338 \u0951 \u200d \u200b é Σ İ \ud800""".split() + [" "]
 
 
 @pytest.mark.parametrize("draw, count", [
@@ -180,7 +180,8 @@ def test_no_word_is_split_or_lost():
 
 @pytest.mark.parametrize("unit", [
     "क", "क्", "कं", "\u0301", "\u0338\u093c", "\u0f73", "ि\u0902्", "1", "1,", "1.", "क.", "a.", "बी.", "र्", "त्",
-    "र्त्", "अ\u093e", "\u0945", "₹5 सौ ", "5 सौ ", "5-", "क:", "उस ने ", "हँस ", "\ud800", "x'"])
+    "र्त्", "अ\u093e", "\u0945", "₹5 सौ ", "5 सौ ", "5-", "क:", "उस ने ", "हँस ", "\ud800", "x'", "-5", " -5", "+", "(1 ", "98765 ", "₹-", ".5", "m^", "कि. ", "km/",
+    "माइनस ", "उन्नीस सौ ", "5 km "])
 def test_linear_time(unit):
     """Eight times the text takes about eight times as long (quadratic would be 64), wherever a match fails."""
     def seconds(n):
@@ -214,11 +215,12 @@ def test_error_counts_with_jiwer():
 
 
 def test_cardinal_read_back():
-    """The words of 20,000 numbers below 10**9, added up again: a unit adds, सौ multiplies, लाख closes a group."""
+    """The words of 20,000 numbers below 10**19, added up again: a unit adds, सौ multiplies, लाख closes a group."""
     value = {word: int(n) for n, word, _ in rows("number_words.tsv")}
-    closes = {"हज़ार": 10**3, "लाख": 10**5, "करोड़": 10**7}
+    closes = {"हज़ार": 10**3, "लाख": 10**5, "करोड़": 10**7, "अरब": 10**9, "खरब": 10**11, "नील": 10**13,
+              "पद्म": 10**15, "शंख": 10**17}
     rng = random.Random(0)
-    for n in [*range(2000), *(rng.randrange(10 ** rng.randrange(1, 10)) for _ in range(18_000)), 10**9 - 1]:
+    for n in [*range(2000), *(rng.randrange(10 ** rng.randrange(1, 20)) for _ in range(18_000)), 10**19 - 1]:
         total = group = 0
         for word in cardinal(n).split():
             if word in closes:

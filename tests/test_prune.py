@@ -127,15 +127,6 @@ def test_pass_one_by_hand():
     assert plan.removed()[0] == 192 * (64 + 1 + 64)
 
 
-def test_pool_by_hand():
-    """The same weights, each group alone: the mlp's mean is 0.55, std 0.26, and attn.vo, all alike, loses nothing."""
-    name = "encoder.blocks.0.mlp"
-    model = constant(make(replace(SMALL, n_audio_layer=1, n_text_layer=1)), {name: [0.4] * 192 + [1.0] * 64})
-    plan = prune.two_pass(model, z1=-0.25, z2=None, pool=str)
-    assert plan.cuts[name] == pytest.approx(0.55 - 0.25 * (0.75 * 0.25 * 0.36) ** 0.5, abs=1e-6)
-    assert plan.cuts["encoder.blocks.0.attn.vo"] == pytest.approx(1) and plan.keep["encoder.blocks.0.attn.vo"].all()
-
-
 def test_floor_by_hand():
     """With z1 = -9 the mean and std cut nothing (0.7 - 2.7); a floor of 0.6 cuts under 0.42."""
     dims = replace(SMALL, n_audio_layer=1, n_text_layer=1)
@@ -770,14 +761,6 @@ def test_plan_as_a_table():
     wide = "decoder.blocks.31.cross_attn.query"
     plan.pass2 = {wide: [0.0123, 0.0123, -0.0012, 1280 * 5120, 1280 * 5120]}
     assert max(map(len, str(plan).splitlines())) < 80
-
-
-def test_histogram_by_hand():
-    """Norms 0, 0, 1, 2 and 4 in two bins of width 2: three below 2, two from it on; the cut at 3 stands beside the second."""
-    norms = {"encoder.a.mlp": torch.tensor([0., 0., 1., 2.]), "encoder.b.mlp": torch.tensor([4.])}
-    plan = prune.Plan({}, {}, {name: n.double() for name, n in norms.items()}, dict.fromkeys(norms, 3.0), {}, {})
-    assert plan.histogram(bins=2, width=3).split("\n") == [
-        "encoder: norms of 5 groups, 4 below the cut at 3.0000", "  from 0.0000      3 ###", "  from 2.0000      2 ##   <- cut"]
 
 
 @pytest.mark.parametrize("kind", ["units", "columns"])
