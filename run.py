@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -367,6 +368,8 @@ def report(models: dict, plan: prune.Plan, rows: list[dict], texts: dict, second
     everything = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
                   "plan": str(plan).split("\n"), "transcripts": texts}
     write(out / "report.json", lambda file: file.write(json.dumps(everything, ensure_ascii=False, indent=1).encode()))
+    if s.plot:
+        write(out / "plot.png", lambda file: draw(plan, file))
     shutil.rmtree(out / "state")
     say(s, f"\nin {out}: {', '.join(RESULTS)}   ({sum(seconds.values()):.0f} s)")
 
@@ -415,7 +418,8 @@ def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
     words = [c.hits + c.substitutions + c.deletions for c in counts]
     wer, characters = 100 * sum(errors) / sum(words), all(len(word) == 1 for r, _ in pairs for word in r.split())
     return {"wer": wer, "cer": wer if characters else 100 * jiwer.cer(*map(list, zip(*pairs))),
-            "unit": "character" if characters else "word", "wer_ci95": interval(errors, words, seed), "errors": errors, "words": words}
+            "unit": "character" if characters else "word", "wer_ci95": interval(errors, words, seed),
+            "errors": errors, "words": words}
 
 
 def interval(errors: list[int], words: list[int], seed: int) -> list[float]:
@@ -431,12 +435,12 @@ SPACELESS = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}          # no spac
 APOSTROPHE = re.compile("(?<=\\S)['’‘`´ʹ׳״\"＇](?=\\w)")                 # within a word, typed in many ways
 # The grapheme joiner, the letter apostrophes, the Arabic stretch and the variation selectors are not of category Cf.
 UNSEEN = re.compile("[\u034f\u02bb\u02bc\u0640\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-ONE_LETTER = dict(zip("ണ് ന് ര് ല് ള് ക് ত্".split(), "ൺൻർൽൾൿৎ"))            # with a joiner behind: spelled so before Unicode 5
+ONE_LETTER = dict(zip("ണ് ന് ര് ല് ള് ക് ত্".split(), "ൺൻർൽൾൿৎ"))  # with a joiner behind: before Unicode 5
 
 
 def normalizer(language: str):
-    """Hindi has its own, English has Whisper's. Elsewhere compatibility forms are folded, punctuation becomes space, and
-    what is not seen (joiners stand inside words) goes without a trace, as do apostrophes within a word: Whisper's
+    """Hindi has its own, English has Whisper's. Elsewhere compatibility forms are folded, punctuation becomes space,
+    and what is not seen (joiners stand inside words) goes without a trace, as do apostrophes within a word: Whisper's
     BasicTextNormalizer would delete the vowel signs of every Indic script. A language without spaces between words
     gets one around each character, so that its words are its characters."""
     if language == "hi":
@@ -490,6 +494,23 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
         text += (f" Recovery is not finished: its loss ends at {tspar['loss']:.3f}, dense's at {dense['loss']:.3f}; "
                  "raise --recovery-steps first, then --recovery-lr.")
     return textwrap.fill(text, 80, break_on_hyphens=False)
+
+
+def draw(plan: prune.Plan, file) -> None:
+    """n_j of every group, encoder beside decoder, on a scale of powers of ten, with the threshold of pass 1."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for side, axis in zip(("encoder", "decoder"), axes):
+        names = [name for name in plan.norms if name.startswith(side)]
+        n, cut = torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
+        positive = n[n > 0]
+        axis.hist(positive.numpy(), np.geomspace(positive.min(), positive.max(), 50))
+        axis.axvline(cut, color="black", linestyle="--", label=f"threshold: {(n < cut).double().mean():.0%} below")
+        axis.set(title=f"{side}: {len(n):,} groups", xlabel="n_j", ylabel="groups", xscale="log")
+        axis.legend()
+    figure.savefig(file, dpi=120, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -726,7 +747,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
     if s.resume:
         need((out / "state").is_dir() and record.is_file(),
              f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
-        same = ours.keys() - {"resume", "overwrite", "workers", "transcribe"}
+        same = ours.keys() - {"resume", "overwrite", "workers", "transcribe", "plot"}
         if not (out / "state/tspar-recover.pt").exists():
             same -= {"z1", "z2", "target", "importance"}         # nothing has been pruned yet
         begun = json.loads(record.read_text(encoding="utf8"))
@@ -809,6 +830,7 @@ class Settings:
     overwrite: bool = flag(False, "replace what an earlier run left in OUT")
     evaluate: bool = flag(False, "only measure the model")
     transcribe: list = flag((), "only print the text of these audio files", kind=str)
+    plot: bool = flag(False, "also draw OUT/plot.png (needs matplotlib)")
 
 
 def settings(argv: list[str] | None) -> Settings:
@@ -848,6 +870,8 @@ def check(s: Settings) -> None:
          f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
     need(not s.data_dir or s.data == "cv11_hi",
          f"--data-dir is for --data cv11_hi; for another folder give --data {s.data_dir}")
+    need(not s.plot or importlib.util.find_spec("matplotlib"),
+         "--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
     need(not (s.resume and s.overwrite),
          "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
 
@@ -868,18 +892,19 @@ def completed(s: Settings, model: Whisper) -> Settings:
 def data_folder(s: Settings) -> Path:
     """Where train.tsv, dev.tsv, test.tsv and clips/ lie."""
     if s.data == "cv11_hi":
-        folder = Path(s.data_dir or os.getenv("CV11_HI") or "nowhere")
-        need(folder.is_dir(), f"cv11_hi is not in {s.data_dir or os.getenv('CV11_HI') or 'a folder that was named'}; get Common Voice Corpus 11.0, Hindi, from Mozilla, unpack it, "
-                              "and give the folder that holds train.tsv as --data-dir or $CV11_HI")
+        named = s.data_dir or os.getenv("CV11_HI")
+        folder = Path(named or "nowhere")
+        need(folder.is_dir(), f"cv11_hi is not in {named or 'a folder that was named'}; get Common Voice Corpus 11.0, "
+             "Hindi, from Mozilla, unpack it, and give the folder that holds train.tsv as --data-dir or $CV11_HI")
     else:
         folder = EMBEDDED.get(s.data, Path(s.data))
-        need(folder.is_dir(), f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, dev.tsv, "
-                              "test.tsv and clips/")
+        need(folder.is_dir(), f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, "
+                              "dev.tsv, test.tsv and clips/")
     return folder
 
 
 def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
-    """One split of the data, for this model. left_out says too what spoils a figure: what is there twice, or in train."""
+    """One split of the data, for this model. left_out says too what spoils a figure: what comes twice, or in train."""
     folder, known = data_folder(s), lambda mine, other: sum(one in other for one in mine)
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language,
                               task="transcribe")
