@@ -168,7 +168,8 @@ def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, h
     """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high.
 
     target(0.5, lambda z1: two_pass(model, z1=z1)) fixes the size, which two_pass leaves to the weights. Sizes go in
-    steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between what low and high remove."""
+    steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between
+    what low and high remove."""
     plans, reached = [plan_at(low), plan_at(high)], lambda plan: plan.removed()[0] / plan.removed()[1]
     least, most = map(reached, plans)
     if not least <= share <= most:
