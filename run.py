@@ -88,11 +88,12 @@ def run(s: Settings) -> None:
 
     clock, dense = [time.time()], copy.deepcopy(model)
     first = fine_tune(dense, train, s, "dense: fine-tune")
-    imp, loss = copy.deepcopy(dense), {"dense": fine_tune(dense, train, recovery(s), "dense: go on").loss}
+    after_first = copy.deepcopy(dense)
+    loss = {"dense": fine_tune(dense, train, recovery(s), "dense: go on").loss}
     clock.append(time.time())
 
-    if s.penalty == "none":                      # then both have one first phase
-        pruned = copy.deepcopy(imp)
+    if s.penalty == "none":                      # then tspar's first phase is dense's
+        pruned = copy.deepcopy(after_first)
     else:
         pruned = model
         penalty = SparseGroupLasso(groups_of(pruned, s), s.l1, s.l1, s.l2, s.l2, relative=True)
@@ -101,6 +102,7 @@ def run(s: Settings) -> None:
     loss["tspar"] = fine_tune(pruned, train, recovery(s), "tspar: recover").loss
     clock.append(time.time())
 
+    imp = after_first
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
     iterative_magnitude(imp, train, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
     clock.append(time.time())
@@ -124,23 +126,24 @@ def shortened(model: Whisper, train: Clips, s: Settings) -> Whisper:
 
 
 def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
-    """Decide in two passes, and remove. With curvature in rounds: each removes a little more and solves the readers of
-    what has gone anew, so that the next one decides on a model that works."""
+    """Decide in two passes, and remove. With curvature, groups go in rounds: each removes a little more and solves the
+    readers of what has gone anew, so that the next one decides on a model that works."""
     plan = decide(model, s, curvature)
-    gone, of = plan.removed()
+    gone, of = plan.removed()                    # with --target 0 the size is what z1 says
     if s.importance == "curvature":
         some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
         some.sort(key=train.n_targets)           # alike in length, so that hardly a position is padding
         keys = [[(i,) for i in some[j: j + 8]] for j in range(0, len(some), 8)]      # not --batch: N processes agree
 
-        def listen() -> None:
+        def calibrate() -> None:
             for mel, text, _ in batches(train, s, keys):
                 with autocast(s):
                     model.decoder(text.to(s.device), model.encoder(mel.to(s.device)))
         for share in ROUNDS:
-            plan = decide(model, replace(s, target=share * gone / of), curvature)
-            prune.refit_(model, plan, prune.second_moments(model, listen))
-            prune.mask_(model, plan)
+            groups_only = decide(model, replace(s, target=share * gone / of, z2=None), curvature)
+            prune.refit_(model, groups_only, prune.second_moments(model, calibrate))
+            prune.mask_(model, groups_only)
+        plan = decide(model, replace(s, target=gone / of), curvature)       # pass 2 on the weights as they are now
     prune.remove_(model, plan)
     gone, of = plan.removed()
     say(s, f"{'tspar: two passes':<20}{gone:,} of {of:,} parameters in blocks ({gone / of:.1%}) removed")
@@ -154,12 +157,10 @@ def groups_of(model: Whisper, s: Settings) -> dict:
 
 def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | None = None) -> prune.Plan:
     """Two passes, at --z1 or at the threshold that removes --target."""
-    curvature = curvature if s.importance == "curvature" else None
-    at = lambda z1: prune.two_pass(model, groups_of(model, s), z1, s.z2, curvature=curvature)
-    with blame("--model"):
-        plan = at(s.z1)
-    with blame("--target"):
-        return prune.target(s.target, at) if s.target else plan
+    curvature, floor = (curvature, 0.0) if s.importance == "curvature" and curvature else (None, 0.05)
+    at = lambda z1: prune.two_pass(model, groups_of(model, s), z1, s.z2, floor, curvature=curvature)
+    with blame("--target" if s.target else "--model"):
+        return prune.target(s.target, at) if s.target else at(s.z1)
 
 
 def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float) -> None:
@@ -819,7 +820,7 @@ class Settings:
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1", kind=float)
-    z1: float = flag(-0.25, "pass 1, standard deviations from the mean: higher removes more groups")
+    z1: float = flag(-0.25, "pass 1 with --target 0, standard deviations from the mean: higher removes more")
     z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
     limit: int = flag(0, "take only the first clips of each split, for a quick look; 0 takes all")

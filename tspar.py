@@ -140,7 +140,7 @@ class SparseGroupLasso:
     def __init__(self, groups: dict[str, Group], l1_encoder: float, l1_decoder: float,
                  l2_encoder: float, l2_decoder: float, relative: bool = False):
         if not groups:
-            raise ValueError("groups is empty; give {name: [(parameter, axis), ...]}, as columns(model) does")
+            raise ValueError("groups is empty; give {'encoder.NAME': [(parameter, axis), ...]}")
         strengths = {"encoder.": (l1_encoder, l2_encoder), "decoder.": (l1_decoder, l2_decoder)}
         self.groups, self.scale, self.relative = {}, 1.0, relative
         for name, group in groups.items():

@@ -145,6 +145,8 @@ def picture(checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     if sys.argv[1] == "table":
         print(table())
     elif sys.argv[1] == "picture":
