@@ -286,6 +286,7 @@ def magnitude_(model: Whisper, fraction: float) -> float:
 
 def zeros(model: Whisper) -> list[tuple[nn.Parameter, Tensor]]:
     """(weight, True where not zero) of the blocks; weight.data.mul_(keep) after a step keeps zeros zero."""
+    _parameters(model)
     return [(linear.weight, linear.weight.detach() != 0) for _, linear in _modules(model, nn.Linear)]
 
 
