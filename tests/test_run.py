@@ -249,7 +249,7 @@ def test_estimate_comes_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "fine_tune", stop)
     assert run.main([*QUICK, "--out", str(tmp_path / "out")]) == 2
     out = capsys.readouterr().out
-    assert re.search(r"15 steps of 4 clips, [\d.]+ s each.*about \d+ min,\n[\d.]+ GB of memory", out, re.S)
+    assert re.search(r"12 steps of 4 clips, [\d.]+ s each.*about \d+ min,\n[\d.]+ GB of memory", out, re.S)
     assert max(map(len, out.split("\n"))) <= 80
 
 
