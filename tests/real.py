@@ -1,6 +1,6 @@
 """TSPAR on OpenAI's own Whisper-base and real speech: every arm of one data set and seed, resumable, counts only.
 
-    python tests/real.py FOLDER so762 en 0          # FOLDER holds base.pt and so762/: an hour on 2 cores
+    python tests/real.py FOLDER so762 en 0          # FOLDER holds base.pt and so762/: hours on 2 cores
     python tests/real.py FOLDER hi_kokoro hi 0
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
     python tests/real.py table                      # the rows of README.md from tests/data/real/*.json
