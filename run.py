@@ -541,7 +541,7 @@ def opened(path: Path):
 
 def duration(path: Path) -> float:
     """Seconds by the header, if the sound goes so far. Holes in it show when it is read, which takes far longer."""
-    if os.path.isfile(path) and path.stat().st_size == 0:
+    if os.path.isfile(path) and not os.path.getsize(path):
         return 0.0
     with opened(path) as file:
         if file.frames and file.format == "FLAC":                      # alone in saying nothing about its bytes
@@ -614,34 +614,52 @@ def encoded(text: str, tokenizer) -> list[int]:
             *tokenizer.encoding.encode_ordinary(" " + text), tokenizer.eot]
 
 
+class Rows(Dataset):
+    """The rows of one table, looked at for one model. Item i: (path, sentence, tokens, why it is left out, if it is),
+    or a text alone: what is wrong with it."""
+
+    def __init__(self, table: Path, model: Whisper, tokenizer, limit: int):
+        self.table, self.rows, self.listing = table, read_table(table, limit), {}
+        self.tokenizer, self.clean = tokenizer, normalizer(tokenizer.language or "en")
+        self.window, self.context = model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Path, str, list[int], str] | str:
+        line, name, text = self.rows[i]
+        try:
+            path, tokens = find(self.table.parent / "clips", name, self.listing), encoded(text, self.tokenizer)
+            seconds = duration(path)
+        except Stop as stop:
+            return f"{self.table}, line {line}: {stop}"
+        return path, text, tokens, (
+            "without sound" if not seconds else "without text" if not any(map(str.isalnum, self.clean(text))) else
+            f"over {self.window:g} s" if seconds > self.window else
+            f"over {self.context} tokens" if len(tokens) - 1 > self.context else "")
+
+
 class Clips(Dataset):
     """One split of a Common Voice folder, made ready for one model: item i is (log-mel spectrogram, tokens).
 
     What says nothing, and what the model's window or text context cannot hold, is left out; `left_out` says how much.
+    What is wrong shows now, not after an hour. `workers` processes read the audio; without any it stays in memory.
     """
 
-    def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, keep: bool = True):
+    def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, workers: int = 0):
         self.n_start, self.n_mels = len(tokenizer.sot_sequence_including_notimestamps), model.dims.n_mels
-        self.n_frames, window, context = 2 * model.dims.n_audio_ctx, model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
-        table, clean, listing = folder / f"{split}.tsv", normalizer(tokenizer.language or "en"), {}
-        rows, kept, left_out, faults = read_table(table, limit), [], Counter(), []
-        for line, name, text in rows:
-            try:                                 # what is wrong with a row shows now, not after an hour
-                path, tokens = find(folder / "clips", name, listing), encoded(text, tokenizer)
-                seconds = duration(path)
-            except Stop as stop:
-                faults.append(f"{table}, line {line}: {stop}")
-                continue
-            reason = ("without sound" if not seconds else "without text" if not any(map(str.isalnum, clean(text))) else
-                      f"over {window:g} s" if seconds > window else
-                      f"over {context} tokens" if len(tokens) - 1 > context else None)
-            left_out.update([reason] if reason else [])
-            kept += [] if reason else [(path, text, tokens)]
+        self.n_frames, rows = 2 * model.dims.n_audio_ctx, Rows(folder / f"{split}.tsv", model, tokenizer, limit)
+        few = 0 if len(rows) < 2000 else workers                       # a process takes as long to start
+        looked = [row for some in DataLoader(rows, 500, num_workers=few, collate_fn=list, worker_init_fn=ignore_ctrl_c)
+                  for row in some]
+        faults = [row for row in looked if isinstance(row, str)]
         need(not faults, "".join(faults[:1]) + f" ({len(faults):,} of {len(rows):,} rows have a fault)")
-        need(kept, f"no clip of {table} has words and fits the model's {window:g} s, {context} tokens; take another")
+        kept, why = [row[:3] for row in looked if not row[3]], Counter(row[3] for row in looked if row[3])
+        need(kept, f"no clip of {rows.table} has words and fits the model's {rows.window:g} s, {rows.context} tokens; "
+             "take another")
         self.paths, self.sentences, self.tokens = map(list, zip(*kept))
-        self.left_out = "left out: " + ", ".join(f"{n} {reason}" for reason, n in left_out.items()) if left_out else ""
-        self.mels: dict[int, torch.Tensor] | None = {} if keep else None
+        self.left_out = "left out: " + ", ".join(f"{n} {reason}" for reason, n in why.items()) if why else ""
+        self.mels: dict[int, torch.Tensor] | None = None if workers else {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -910,7 +928,7 @@ def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
     folder, known = data_folder(s), lambda mine, other: sum(one in other for one in mine)
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language,
                               task="transcribe")
-    clips = Clips(folder, split, model, tokenizer, s.limit, keep=s.workers == 0)
+    clips = Clips(folder, split, model, tokenizer, s.limit, s.workers)
     said = {"named twice": len(clips) - len({*clips.paths})}
     if split != "train" and (folder / "train.tsv").is_file():
         _, names, sentences = map(set, zip(*read_table(folder / "train.tsv")))

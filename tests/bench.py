@@ -207,7 +207,7 @@ def load() -> None:
     before = status("VmRSS")
     for _ in range(2):
         started, worked = time.perf_counter(), time.process_time()
-        clips = run.Clips(Path(sys.argv[2]), "train", SimpleNamespace(dims=SMALL), tokenizer, keep=False)
+        clips = run.Clips(Path(sys.argv[2]), "train", SimpleNamespace(dims=SMALL), tokenizer, workers=os.cpu_count())
         spent += [time.perf_counter() - started, time.process_time() - worked]
     print("{:5.1f} s ({:4.1f} of processor), again {:5.1f} s ({:4.1f})".format(*spent)
           + f", {status('VmHWM') - before:.2f} GiB, {len(clips):,} kept")

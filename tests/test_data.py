@@ -300,6 +300,23 @@ def test_the_prompt_is_the_one_that_decoding_gives(tmp_path, language, n_vocab):
     assert clips.tokens == [[*task.initial_tokens, *text, task.tokenizer.eot]]
 
 
+# ---- many clips
+
+def test_processes_find_what_one_finds(tmp_path):
+    """2,004 rows, looked at in two processes and in one: the same clips, tokens, words about what is left out; the
+    first fault is named, all are counted."""
+    rows = [("abc"[i % 3] + ".wav", f"वाक्य {i}" if i % 5 else "।") for i in range(2004)]
+    folder = data(tmp_path, "path→sentence\n" + "".join(f"{path}→{text}\n" for path, text in rows))
+    (folder / "clips/c.wav").write_bytes(b"")
+    one, two = (run.Clips(folder, "train", NANO, TOKENIZER, workers=n) for n in (0, 2))
+    assert one.paths == two.paths and one.tokens == two.tokens and one.sentences == two.sentences
+    assert one.left_out == two.left_out == "left out: 267 without text, 668 without sound"
+    rows[700] = rows[1500] = ("no.wav", "नमस्ते")
+    data(tmp_path, "path→sentence\n" + "".join(f"{path}→{text}\n" for path, text in rows), clips="")
+    with pytest.raises(run.Stop, match="line 702: .*no.wav is no file.*2 of 2,004 rows"):
+        run.Clips(folder, "train", NANO, TOKENIZER, workers=2)
+
+
 @pytest.mark.parametrize("language, n_vocab, words", [
     ("yue", 51865, ["yue", "99", "large-v3"]), ("hi", 51864, ["English alone"])])
 def test_a_language_that_the_checkpoint_lacks(tmp_path, language, n_vocab, words):

@@ -563,7 +563,7 @@ def test_learning_rate_by_hand(tmp_path, monkeypatch):
 
 def test_decoding_processes_change_nothing(nano):
     """Two workers deliver the clips that the main process would have made, augmentation included."""
-    clips, keys = run.Clips(MINI, "train", nano, TOKENIZER, 6, keep=False), [[(0, 0, 7), (3, 0, 8)], [(5,)]]
+    clips, keys = run.Clips(MINI, "train", nano, TOKENIZER, 6, 1), [[(0, 0, 7), (3, 0, 8)], [(5,)]]
     for ours, theirs in zip(*(list(run.batches(clips, run.replace(run.Settings(workers=n), device="cpu"), keys)) for n in (0, 2))):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
     plain, once, again, elsewhere, other_seed = (clips[key][0] for key in ((0,), (0, 0, 7), (0, 0, 7), (0, 0, 8), (0, 1, 7)))
@@ -673,6 +673,17 @@ def test_too_little_room_is_said_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 ** 6))
     assert run.main([*QUICK, "--out", str(tmp_path / "out")]) == 2
     assert "0.0 GB left" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/1/out", "below a file"])
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
+    """Read-only for everyone, root too, or no folder at all: one line, exit code 2, before the first step."""
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=10 ** 12))      # /proc has none
+    (tmp_path / "file").write_text("")
+    out = out if out.startswith("/") else str(tmp_path / "file/out")
+    assert run.main([*QUICK, "--out", out]) == 2
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err and out in said.err and said.err.count("\n") == 1 and "steps" not in said.out
 
 
 def test_clips_that_do_not_fit_are_counted(nano, tmp_path, capsys):
