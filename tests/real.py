@@ -2,6 +2,7 @@
 
     python tests/real.py FOLDER so762 en 0          # FOLDER holds base.pt and so762/: hours on 2 cores
     python tests/real.py FOLDER hi_kokoro hi 0
+    python tests/real.py FOLDER penalties           # what a penalty in the first phase is worth, on so762's dev clips
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
     python tests/real.py table                      # the rows of README.md from tests/data/real/*.json
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png
@@ -26,14 +27,16 @@ sys.path.insert(0, str(ROOT))
 import flops
 import prune
 import run
+import tspar
+from tspar import SparseGroupLasso
 
 RESULTS, ARMS = ROOT / "tests/data/real", (0.5, 0.35, 0.65)
 RATES = {"so762": 2.5e-5, "hi_kokoro": 5e-5}
 
 
-def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None:
-    """Train, prune, recover, measure; what a file of RESULTS has already is not done again."""
-    out, name = ROOT / f"runs/real/{data}-{seed}", f"{data}-{seed}"
+def begin(folder: Path, data: str, language: str, seed: int, name: str, *flags: str) -> tuple:
+    """Settings of all arms, and the model as OpenAI made it, with its window cut."""
+    out = ROOT / "runs/real" / name
     (out / "state").mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     s = run.settings(["--model", str(folder / "base.pt"), "--data", str(folder / data), "--language", language,
@@ -41,9 +44,15 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
                       "--steps", "250", "--recovery-steps", "250", "--batch", "8", "--z2", "-99", "--workers", "0",
                       "--out", str(out), "--resume", *flags])
     original = run.load_model(s)
-    s = run.completed(s, original)
+    return run.completed(s, original), original
+
+
+def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None:
+    """Train, prune, recover, measure; what a file of RESULTS has already is not done again."""
+    s, original = begin(folder, data, language, seed, f"{data}-{seed}", *flags)
+    out = Path(s.out)
     clips = {split: run.load_clips(original, split, s) for split in ("train", "test")}
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{data}-{seed}.json"
     done = json.loads(path.read_text()) if path.is_file() else {}
 
     def measured(arm: str, model: torch.nn.Module, **more) -> None:
@@ -76,9 +85,63 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
     measured("original", original)               # last: what hallucinates takes long
 
 
+class AdaptiveLasso(SparseGroupLasso):
+    """Adaptive group LASSO (Zou 2006; Wang, Leng 2008): group j's strength is l2 * median(n) / n_j, n_j the root of
+    what removing it costs now (prune, equation 3), at most 100 l2. What is doomed goes to zero, the rest is free."""
+
+    @torch.no_grad()
+    def prox_(self, optimizer: torch.optim.Optimizer) -> None:
+        n, units, lr = {}, self._units(), optimizer.param_groups[0]["lr"]
+        for name, (group, _, _) in self.groups.items():
+            n[name] = sum(tspar._sum(w.square() * optimizer.state[w]["exp_avg_sq"], axis) for w, axis in group).sqrt()
+        median = torch.cat([*n.values()]).median()
+        for name, (group, _, l2) in self.groups.items():
+            step = tspar._step(group, [{"lr": lr, "betas": (0.9, 0.98), "amsgrad": False, "eps": 1e-8}] * len(group),
+                               optimizer.state)
+            tspar._shrink_(group, 0, units[name[:8]] * l2, step * (median / n[name]).clamp(max=100))
+
+
+def penalties(folder: Path) -> None:
+    """Cross-entropy on so762's dev clips of what 250 steps with each penalty leave: whole, and at once after 35% and
+    50% of the block parameters are removed. Strengths in units of the gradient, seed 0. To penalties.json."""
+    path = RESULTS / "penalties.json"
+    done = json.loads(path.read_text()) if path.is_file() else {}
+    for name, kind, l1, l2, lasso in (
+            ("none", "none", 0, 0, None), ("loss", "loss", 0.5, 0.5, SparseGroupLasso),
+            ("adaptive", "prox", 0, 1, AdaptiveLasso), ("prox", "prox", 0, 2, SparseGroupLasso)):
+        s, original = begin(folder, "so762", "en", 0, f"penalty-{name}", "--penalty", kind)
+        train, dev = (run.load_clips(original, split, s) for split in ("train", "dev"))
+        model = run.shortened(original, train, s)
+        penalty = lasso and lasso(run.groups_of(model, s), l1, l1, l2, l2, relative=True)
+        first = run.fine_tune(model, train, s, "dense: fine-tune", penalty)
+        if name in done:
+            continue
+        done[name] = {"l1": l1, "l2": l2, "whole": cross_entropy(model, dev, s)}
+        norms = torch.cat([*prune.two_pass(model, z2=None).norms.values()])
+        done[name]["empty_groups"] = (norms == 0).double().mean().item()
+        for share in (0.35, 0.5):
+            run.prune_(less := copy.deepcopy(model), train, replace(s, target=share), first.curvature)
+            done[name][f"{share:.0%}"] = cross_entropy(less, dev, s)
+        run.write(path, lambda file: file.write(json.dumps(done, indent=1).encode()))
+        print(name, done[name], flush=True)
+
+
+@torch.no_grad()
+def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> float:
+    """Nats a token, over the clips as they are."""
+    net, keys = run.Objective(model.eval()), [[(i,) for i in range(j, min(j + 8, len(clips)))]
+                                              for j in range(0, len(clips), 8)]
+    total = 0.0
+    for batch in run.batches(clips, s, keys):
+        with run.autocast(s):
+            total += net(*batch).item()
+    return total / sum(map(clips.n_targets, range(len(clips))))
+
+
 def latency(folder: Path) -> None:
     """Encoder, and greedy decoding of 24 tokens, of one clip: median of 7 rounds in which the models take turns."""
-    models = {"base, 30 s": prune.load(folder / "base.pt"), "base, 8 s": prune.window_(prune.load(folder / "base.pt"), 8)}
+    models = {"base, 30 s": prune.load(folder / "base.pt"),
+              "base, 8 s": prune.window_(prune.load(folder / "base.pt"), 8)}
     models |= {f"8 s, {path.stem}": prune.load(path) for path in sorted((ROOT / "runs/real/so762-0").glob("*.pt"))
                if path.stem != "original"}
     seconds = {name: {"encoder": [], "greedy": []} for name in models}
@@ -124,7 +187,8 @@ def table() -> str:
             if arm != "dense":
                 low, high = run.interval(np.subtract(r["errors"], dense["errors"]), dense["words"], 0)
                 change = f"{r['wer'] - dense['wer']:+.1f} ({low:+.1f} to {high:+.1f})"
-            name = {"dense": "window and vocabulary cut, fine-tuned: dense"}.get(arm, f"**TSPAR**: {arm} of its blocks removed")
+            name = {"dense": "window and vocabulary cut, fine-tuned: dense"}.get(
+                arm, f"**TSPAR**: {arm} of its blocks removed")
             lines.append(row(name, f"8 s, {arm}", 2 * speed[f"8 s, {arm}"]["parameters"], f"{rates} | {change}"))
     return "\n".join(lines)
 
@@ -144,8 +208,8 @@ def picture(checkpoint: Path) -> None:
         for k, (kind, leaf) in enumerate(kinds.items()):
             share = [len(block.get_submodule(leaf).weight) / len(stock[f"{side}.blocks.{i}.{leaf}.weight"])
                      for i, block in enumerate(blocks)]
-            axis.bar(np.arange(len(blocks)) + 0.8 * (k + 0.5) / len(kinds) - 0.4, [100 * x for x in share], 0.8 / len(kinds),
-                     label=kind, color={"self-attention": "C0", "cross-attention": "C1", "feed-forward": "C2"}[kind])
+            axis.bar(np.arange(len(blocks)) + 0.8 * (k + 0.5) / len(kinds) - 0.4, [100 * x for x in share],
+                     0.8 / len(kinds), label=kind, color={"self-attention": "C0", "cross-attention": "C1", "feed-forward": "C2"}[kind])
         axis.set(title=side, xlabel="block", ylabel="% of the groups left" if side == "encoder" else "")
         axis.set_ylim(0, 130)
         axis.legend(fontsize=8, ncols=3, loc="upper center")
@@ -159,7 +223,7 @@ if __name__ == "__main__":
         print(table())
     elif sys.argv[1] == "picture":
         picture(Path(sys.argv[2]))
-    elif sys.argv[2] == "latency":
-        latency(Path(sys.argv[1]))
+    elif sys.argv[2] in ("latency", "penalties"):
+        globals()[sys.argv[2]](Path(sys.argv[1]))
     else:
         arms(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
