@@ -390,12 +390,26 @@ def decoding(model: Whisper, s: Settings) -> whisper.DecodingOptions:
                                    sample_len=model.dims.n_text_ctx)
 
 
+def decode(model: Whisper, mels: torch.Tensor, s: Settings) -> list[str]:
+    """Texts, as whisper.transcribe makes them: where one repeats itself (it compresses more than 2.4 times, which no
+    sentence does), that clip again at rising temperatures."""
+    options = decoding(model, s)
+    results = whisper.decode(model, mels, options)
+    for temperature in (0.2, 0.4, 0.6, 0.8, 1.0):
+        loops = [i for i, result in enumerate(results) if result.compression_ratio > 2.4]
+        again = whisper.decode(model, mels[loops], replace(options, temperature=temperature)) if loops else []
+        for i, result in zip(loops, again):
+            results[i] = result
+    return [result.text for result in results]
+
+
 def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
-    """Greedy whisper.decode, 40 clips at a time."""
-    keys, texts, options = [(i,) for i in range(len(clips))], [], decoding(model, s)
+    """The texts of all clips, 40 at a time."""
+    torch.manual_seed(s.seed)
+    keys, texts = [(i,) for i in range(len(clips))], []
     loader = batches(clips, s, [keys[i: i + 40] for i in range(0, len(keys), 40)])
     for mels, _, _ in tqdm(loader, "transcribe", leave=False, ncols=80, disable=None):
-        texts += [result.text for result in whisper.decode(model, mels.to(s.device), options)]
+        texts += decode(model, mels.to(s.device), s)
     return texts
 
 
@@ -406,7 +420,7 @@ def heard(model: Whisper, path: str, s: Settings) -> str:
         return model.transcribe(audio, language=s.language, fp16=s.device != "cpu")["text"].strip()
     mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(audio[i: i + window], window), model.dims.n_mels)
             for i in range(0, max(1, len(audio)), window)]
-    return " ".join(whisper.decode(model, mel.to(s.device), decoding(model, s)).text for mel in mels)
+    return " ".join(text for mel in mels for text in decode(model, mel[None].to(s.device), s))
 
 
 def score(references: list[str], hypotheses: list[str], seed: int) -> dict:

@@ -570,6 +570,22 @@ def test_decoding_processes_change_nothing(nano):
     assert torch.equal(once, again) and not any(torch.equal(once, mel) for mel in (plain, elsewhere, other_seed))
 
 
+def test_loops_are_decoded_again(nano, monkeypatch):
+    """Where a text repeats itself, that clip alone again, warmer each time, until it does not, or to the end."""
+    asked, loop, text = [], "और " * 40, "यह एक वाक्य है"
+
+    def decode(model, mels, options):
+        asked.append((options.temperature, mels[:, 0, 0].tolist()))
+        said = {1: loop if options.temperature < 0.4 else text, 2: loop}
+        said = [said.get(int(mel[0, 0]), text) for mel in mels]
+        return [whisper.DecodingResult(mel, "hi", text=x, compression_ratio=whisper.utils.compression_ratio(x))
+                for mel, x in zip(mels, said)]
+    monkeypatch.setattr(run.whisper, "decode", decode)
+    mels = torch.arange(3.0)[:, None, None].expand(3, 80, 300)
+    assert run.decode(nano, mels, run.Settings(device="cpu")) == [text, text, loop]
+    assert asked == [(0, [0, 1, 2]), (0.2, [1, 2]), (0.4, [1, 2]), (0.6, [2]), (0.8, [2]), (1, [2])]
+
+
 def test_transcribe_files(tmp_path, capsys):
     """A clip, and the same clip twice with a second of silence between, longer than nano's window: the text, once and twice."""
     clips = run.Clips(MINI, "test", prune.load(NANO), TOKENIZER, 1)
