@@ -8,8 +8,9 @@
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png
 
 First phase and dense model are trained once; each share of ARMS is pruned from that first phase and recovers for as
-many steps as dense goes on. Results go to tests/data/real/DATA-SEED.json, a file an arm at a time: settings, counts of
-errors and words a clip, never texts. Checkpoints stay in runs/real/.
+many steps as dense goes on, and so does what RIVALS make of that first phase. Results go to
+tests/data/real/DATA-SEED.json, a row at a time: settings, counts of errors and words a clip, never texts. Checkpoints
+and texts stay in runs/real/.
 """
 import copy
 import json
@@ -47,42 +48,80 @@ def begin(folder: Path, data: str, language: str, seed: int, name: str, *flags: 
     return run.completed(s, original), original
 
 
+def results(path: Path) -> dict:
+    """What has been measured so far."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def measured(arm: str, model: torch.nn.Module, clips: run.Clips, s: run.Settings, **more) -> None:
+    """Transcribe and count; the row goes to RESULTS, checkpoint and texts stay in s.out."""
+    out, path, started = Path(s.out), RESULTS / f"{Path(s.out).name}.json", time.time()
+    texts = run.transcribe(model, clips, s)
+    prune.save(model, out / f"{arm}.pt")
+    (out / f"{arm}.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf8")
+    half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    row = {**run.figures(model, clips, texts, s), **more, "encoder_flops": flops.encoder(model),
+           "fp16_bytes": sum(value.numel() * value.element_size() for value in half.values()),
+           "measuring_seconds": time.time() - started}
+    done = results(path) | {arm: row, "machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}"}
+    done["settings"] = {k: v for k, v in asdict(s).items() if k not in ("model", "data", "out")}
+    run.write(path, lambda file: file.write(json.dumps(done, default=float).encode()))
+    print(arm, f"WER {row['wer']:.1f}  {row['block_parameters']:,} block parameters", flush=True)
+
+
 def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None:
     """Train, prune, recover, measure; what a file of RESULTS has already is not done again."""
     s, original = begin(folder, data, language, seed, f"{data}-{seed}", *flags)
-    out = Path(s.out)
-    clips = {split: run.load_clips(original, split, s) for split in ("train", "test")}
-    path = RESULTS / f"{data}-{seed}.json"
-    done = json.loads(path.read_text()) if path.is_file() else {}
-
-    def measured(arm: str, model: torch.nn.Module, **more) -> None:
-        if arm in done:
-            return
-        started = time.time()
-        texts = run.transcribe(model, clips["test"], s)
-        prune.save(model, out / f"{arm}.pt")
-        half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-        done[arm] = {**run.figures(model, clips["test"], texts, s), **more, "encoder_flops": flops.encoder(model),
-                     "fp16_bytes": sum(value.numel() * value.element_size() for value in half.values()),
-                     "measuring_seconds": time.time() - started}
-        done["settings"] = {k: v for k, v in asdict(s).items() if k not in ("model", "data", "out")}
-        done["machine"] = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-        run.write(path, lambda file: file.write(json.dumps(done, default=float).encode()))
-        print(arm, f"WER {done[arm]['wer']:.1f}  {done[arm]['block_parameters']:,} block parameters", flush=True)
-
-    dense = run.shortened(copy.deepcopy(original), clips["train"], s)
-    first = run.fine_tune(dense, clips["train"], s, "dense: fine-tune")
+    train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
+    missing = lambda arm: arm not in results(RESULTS / f"{data}-{seed}.json")
+    dense = run.shortened(copy.deepcopy(original), train, s)
+    first = run.fine_tune(dense, train, s, "dense: fine-tune")
     for share in ARMS:
-        model, started = copy.deepcopy(dense), time.time()
-        if f"{share:.0%}" not in done:
-            plan = run.prune_(model, clips["train"], replace(s, target=share), first.curvature)
+        if missing(f"{share:.0%}"):
+            model, started = copy.deepcopy(dense), time.time()
+            plan = run.prune_(model, train, replace(s, target=share), first.curvature)
             took = time.time() - started
-            loss = run.fine_tune(model, clips["train"], run.recovery(s), f"recover {share}").loss
-            measured(f"{share:.0%}", model, removed=plan.removed(), pruning_seconds=took, loss=loss)
-        if share == ARMS[0]:
-            loss = run.fine_tune(dense_ := copy.deepcopy(dense), clips["train"], run.recovery(s), "dense: go on").loss
-            measured("dense", dense_, loss=loss)
-    measured("original", original)               # last: what hallucinates takes long
+            loss = run.fine_tune(model, train, run.recovery(s), f"recover {share}").loss
+            measured(f"{share:.0%}", model, test, s, removed=plan.removed(), pruning_seconds=took, loss=loss)
+        if missing("dense"):
+            model = copy.deepcopy(dense)
+            loss = run.fine_tune(model, train, run.recovery(s), "dense: go on").loss
+            measured("dense", model, test, s, loss=loss)
+    for name, rival in RIVALS.items():
+        if data == "so762" and missing(name):
+            model = rival(copy.deepcopy(dense), train, s)
+            loss = run.fine_tune(model, train, run.recovery(s), name).loss if "IMP" not in name else None
+            measured(name, model, test, s, loss=loss)
+    if missing("original"):                      # last: what hallucinates takes long
+        measured("original", original, test, s)
+
+
+def iterative(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> torch.nn.Module:
+    """Half of the blocks' parameters as single zeros, recovery included (run.iterative_magnitude)."""
+    weights = sum(weight.numel() for weight, _ in prune.zeros(model))
+    run.iterative_magnitude(model, train, s, 0.5 * flops.parameters(model)["blocks"] / weights)
+    return model
+
+
+def layer_by_layer(model: torch.nn.Module, *_) -> torch.nn.Module:
+    """What one would write first: of every matrix the same share of the smallest norms."""
+    norms = prune.two_pass(model, z2=None).norms
+    def plan(share: float) -> prune.Plan:
+        cuts = {name: n.quantile(min(1.0, max(0.0, share))).item() for name, n in norms.items()}
+        return replace(prune.two_pass(model, z2=None), cuts=cuts, keep=prune._even(model, norms, cuts, 8))
+    return prune.remove_(model, prune.target(0.35, plan, 0.0, 0.9))
+
+
+def fewer_layers(model: torch.nn.Module, *_) -> torch.nn.Module:
+    """distil-whisper's way (Gandhi et al. 2023): of six decoder layers the first and the last stay."""
+    stay = [0, len(model.decoder.blocks) - 1]
+    model.decoder.blocks = torch.nn.ModuleList(model.decoder.blocks[i] for i in stay)
+    model.dims = replace(model.dims, n_text_layer=len(stay))
+    prune._align(model, [(1, head) for head in range(model.dims.n_text_head)])
+    return model
+
+
+RIVALS = {"fewer layers": fewer_layers, "L2 layer by layer, 35%": layer_by_layer, "IMP, 50% zeros": iterative}
 
 
 class AdaptiveLasso(SparseGroupLasso):
@@ -105,7 +144,7 @@ def penalties(folder: Path) -> None:
     """Cross-entropy on so762's dev clips of what 250 steps with each penalty leave: whole, and at once after 35% and
     50% of the block parameters are removed. Strengths in units of the gradient, seed 0. To penalties.json."""
     path = RESULTS / "penalties.json"
-    done = json.loads(path.read_text()) if path.is_file() else {}
+    done = results(path)
     for name, kind, l1, l2, lasso in (
             ("none", "none", 0, 0, None), ("loss", "loss", 0.5, 0.5, SparseGroupLasso),
             ("adaptive", "prox", 0, 1, AdaptiveLasso), ("prox", "prox", 0, 2, SparseGroupLasso)):
