@@ -1,6 +1,7 @@
 """Public normalizers on the sample rows of tests/data/normalize_hi: what each merges, and what it destroys.
 
     python tests/peers_normalize.py
+    python tests/peers_normalize.py PAIRS.tsv       # also the WER of your own (sentence, transcript) pairs under each
 
 merged    of the spellings that are one word, how many become equal          (more is fairer)
 kept      of the pairs that are two words, how many stay different           (all, or WER lies)
@@ -110,8 +111,20 @@ def score(normalizer):
             count("sentences.tsv", fair), str(raised[0])]
 
 
+def wer(normalizer, pairs):
+    """Corpus WER in percent; a pair that raises counts as it is."""
+    def safe(text):
+        try:
+            return " ".join(normalizer(text).split())
+        except (LookupError, TypeError, ValueError):
+            return text
+    return 100 * jiwer.wer(*([safe(row[k]) for row in pairs] for k in (0, 1)))
+
+
 def main():
-    print(f"{'':37s} {'version':>10s} {'merged':>7s} {'kept':>6s} {'numbers':>7s} {'errors':>6s} {'raised':>6s}")
+    pairs = [line.split("\t") for line in Path(sys.argv[1]).read_text(encoding="utf8").splitlines()] if sys.argv[1:] else []
+    print(f"{'':37s} {'version':>10s} {'merged':>7s} {'kept':>6s} {'numbers':>7s} {'errors':>6s} {'raised':>6s}"
+          + "    WER" * bool(pairs))
     skipped = []
     for family in (plain, whisper, whisper_normalizer, indic_nlp_library, this):
         try:
@@ -119,7 +132,7 @@ def main():
                 version = {"unicodedata": unicodedata.unidata_version, "this file": "-"}.get(package)
                 merged, kept, numbers, errors, raised = score(normalizer)
                 print(f"{name:37s} {version or metadata.version(package):>10s} {merged:>7s} {kept:>6s} {numbers:>7s} "
-                      f"{errors:>6s} {raised:>6s}", flush=True)
+                      f"{errors:>6s} {raised:>6s}" + (f" {wer(normalizer, pairs):6.1f}" if pairs else ""), flush=True)
         except ImportError as missing:
             skipped.append(f"skipped {family.__name__}: {missing}; see the top of this file")
     print(*skipped, sep="\n")

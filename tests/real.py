@@ -1,10 +1,11 @@
 """TSPAR on OpenAI's own Whisper-base and real speech: every arm of one data set and seed, resumable, counts only.
 
     python tests/real.py FOLDER so762 en 0          # FOLDER holds base.pt and so762/: hours on 2 cores
+    python tests/real.py FOLDER so762 en 0 --vocabulary data        # flags become part of the results' name
     python tests/real.py FOLDER hi_kokoro hi 0
     python tests/real.py FOLDER penalties           # what a penalty in the first phase is worth, on so762's dev clips
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
-    python tests/real.py table                      # the rows of README.md from tests/data/real/*.json
+    python tests/real.py table                      # or rivals, penalty_table: README.md's, from the stored results
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png
 
 First phase and dense model are trained once; each share of ARMS is pruned from that first phase and recovers for as
@@ -33,15 +34,16 @@ from tspar import SparseGroupLasso
 
 RESULTS, ARMS = ROOT / "tests/data/real", (0.5, 0.35, 0.65)
 RATES = {"so762": 2.5e-5, "hi_kokoro": 5e-5}
+VOCABULARY = {"so762": "full", "hi_kokoro": "data"}                  # English needs more than an hour's words
 
 
 def begin(folder: Path, data: str, language: str, seed: int, name: str, *flags: str) -> tuple:
-    """Settings of all arms, and the model as OpenAI made it, with its window cut."""
+    """Settings of all arms, and the model as OpenAI made it, with its window cut. Results go to the file `name`."""
     out = ROOT / "runs/real" / name
     (out / "state").mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     s = run.settings(["--model", str(folder / "base.pt"), "--data", str(folder / data), "--language", language,
-                      "--window", "8", "--vocabulary", "data", "--lr", str(RATES[data]), "--seed", str(seed),
+                      "--window", "8", "--vocabulary", VOCABULARY[data], "--lr", str(RATES[data]), "--seed", str(seed),
                       "--steps", "250", "--recovery-steps", "250", "--batch", "8", "--z2", "-99", "--workers", "0",
                       "--out", str(out), "--resume", *flags])
     original = run.load_model(s)
@@ -71,9 +73,10 @@ def measured(arm: str, model: torch.nn.Module, clips: run.Clips, s: run.Settings
 
 def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None:
     """Train, prune, recover, measure; what a file of RESULTS has already is not done again."""
-    s, original = begin(folder, data, language, seed, f"{data}-{seed}", *flags)
+    name = "-".join([data, str(seed), *[flag.strip("-") for flag in flags]])
+    s, original = begin(folder, data, language, seed, name, *flags)
     train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
-    missing = lambda arm: arm not in results(RESULTS / f"{data}-{seed}.json")
+    missing = lambda arm: arm not in results(RESULTS / f"{name}.json")
     dense = run.shortened(copy.deepcopy(original), train, s)
     first = run.fine_tune(dense, train, s, "dense: fine-tune")
     for share in ARMS:
@@ -87,11 +90,11 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
             model = copy.deepcopy(dense)
             loss = run.fine_tune(model, train, run.recovery(s), "dense: go on").loss
             measured("dense", model, test, s, loss=loss)
-    for name, rival in RIVALS.items():
-        if data == "so762" and missing(name):
+    for arm, rival in RIVALS.items():
+        if data == "so762" and not flags and missing(arm):
             model = rival(copy.deepcopy(dense), train, s)
-            loss = run.fine_tune(model, train, run.recovery(s), name).loss if "IMP" not in name else None
-            measured(name, model, test, s, loss=loss)
+            loss = run.fine_tune(model, train, run.recovery(s), arm).loss if "IMP" not in arm else None
+            measured(arm, model, test, s, loss=loss)
     if missing("original"):                      # last: what hallucinates takes long
         measured("original", original, test, s)
 
@@ -179,10 +182,10 @@ def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> 
 
 def latency(folder: Path) -> None:
     """Encoder, and greedy decoding of 24 tokens, of one clip: median of 7 rounds in which the models take turns."""
-    models = {"base, 30 s": prune.load(folder / "base.pt"),
-              "base, 8 s": prune.window_(prune.load(folder / "base.pt"), 8)}
-    models |= {f"8 s, {path.stem}": prune.load(path) for path in sorted((ROOT / "runs/real/so762-0").glob("*.pt"))
-               if path.stem != "original"}
+    stock = lambda: prune.load(folder / "base.pt")
+    models = {"as OpenAI made it, 30 s": stock(), "the same, window cut to 8 s": prune.window_(stock(), 8)}
+    for path in sorted((ROOT / "runs/real").glob("*-0/*.pt")):
+        models |= {f"{path.parent.name} {path.stem}": prune.load(path)} if path.stem != "original" else {}
     seconds = {name: {"encoder": [], "greedy": []} for name in models}
     with torch.inference_mode():
         for turn in range(8):
@@ -205,30 +208,51 @@ def latency(folder: Path) -> None:
 
 
 def table() -> str:
-    """The rows of README.md, from what RESULTS holds."""
-    speed = json.loads((RESULTS / "latency.json").read_text())
-    lines = ["| Whisper-base on so762 | parameters | float16 | encoder | 24 tokens | WER (95%) | minus dense (95%) |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
+    """The first table of README.md, from what RESULTS holds."""
+    head = "| Whisper-base | parameters | float16 | encoder | 24 tokens | WER (95%) | minus dense (95%) |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [line(name, name, {}, {}) for name in ("as OpenAI made it, 30 s", "the same, window cut to 8 s")]
+    for file, data in (("so762-0", "English (so762)"), ("hi_kokoro-0", "Hindi (hi_kokoro), its vocabulary alone")):
+        rows = results(RESULTS / f"{file}.json")
+        names = {"dense": f"**{data}**: dense"}
+        names |= {f"{share:.0%}": f"TSPAR, {share:.0%} of the blocks removed" for share in sorted(ARMS)}
+        lines += [line(name, f"{file} {arm}", rows[arm], rows["dense"]) for arm, name in names.items() if arm in rows]
+    return "\n".join(lines)
 
-    def row(name: str, key: str, size: float, rates: str) -> str:
-        x = speed[key]
-        return (f"| {name} | {x['parameters'] / 1e6:.1f} M | {size / 1e6:.0f} MB | {x['encoder']:.0f} ms "
-                f"| {x['greedy']:.0f} ms | {rates} |")
-    lines += [row("as OpenAI made it, 30 s", "base, 30 s", 2 * speed["base, 30 s"]["parameters"], "| "),
-              row("the same, window cut to 8 s", "base, 8 s", 2 * speed["base, 8 s"]["parameters"], "| ")]
-    for path in sorted(RESULTS.glob("so762-[0-9].json")):
-        rows = json.loads(path.read_text())
-        dense = rows["dense"]
-        for arm in [arm for arm in ("dense", *(f"{share:.0%}" for share in sorted(ARMS))) if arm in rows]:
-            r, change = rows[arm], ""
-            low, high = r["wer_ci95"]
-            rates = f"{r['wer']:.1f}% ({low:.1f} - {high:.1f})"
-            if arm != "dense":
-                low, high = run.interval(np.subtract(r["errors"], dense["errors"]), dense["words"], 0)
-                change = f"{r['wer'] - dense['wer']:+.1f} ({low:+.1f} to {high:+.1f})"
-            name = {"dense": "window and vocabulary cut, fine-tuned: dense"}.get(
-                arm, f"**TSPAR**: {arm} of its blocks removed")
-            lines.append(row(name, f"8 s, {arm}", 2 * speed[f"8 s, {arm}"]["parameters"], f"{rates} | {change}"))
+
+def line(name: str, key: str, row: dict, dense: dict) -> str:
+    """One model: what it costs, its WER, and the WER's difference from dense's, clip by clip."""
+    x, rates = results(RESULTS / "latency.json")[key], " | "
+    if row:
+        rates = "{:.1f}% ({:.1f} - {:.1f}) | ".format(row["wer"], *row["wer_ci95"])
+    if row != dense:
+        low, high = run.interval(np.subtract(row["errors"], dense["errors"]), dense["words"], 0)
+        rates += f"{row['wer'] - dense['wer']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return (f"| {name} | {x['parameters'] / 1e6:.1f} M | {2 * x['parameters'] / 1e6:.0f} MB | {x['encoder']:.0f} ms "
+            f"| {x['greedy']:.0f} ms | {rates} |")
+
+
+def rivals() -> str:
+    """What else one would do with as many steps, in README.md's second table."""
+    rows = results(RESULTS / "so762-0.json")
+    of = rows["dense"]["block_parameters"]
+    lines = ["| so762 | blocks' parameters | encoder | 24 tokens | WER (95%) | minus dense (95%) |",
+             "|---|---:|---:|---:|---:|---:|"]
+    for arm in ("dense", "35%", "50%", *RIVALS):
+        if arm in rows:
+            name = f"TSPAR, {arm}" if arm[0].isdigit() else arm
+            cells = line(name, f"so762-0 {arm}", rows[arm], rows["dense"]).split(" | ")
+            share = f"{rows[arm]['block_parameters'] / 1e6:.1f} M ({rows[arm]['block_parameters'] / of - 1:.0%})"
+            lines.append(" | ".join([cells[0], share, *cells[3:]]))
+    return "\n".join(lines)
+
+
+def penalty_table() -> str:
+    """What each penalty did, in README.md's third table."""
+    lines = ["| penalty in the first phase | empty groups | whole | 35% removed | 50% removed |",
+             "|---|---:|---:|---:|---:|"]
+    for name, x in results(RESULTS / "penalties.json").items():
+        lines.append(f"| {name} | {x['empty_groups']:.1%} | {x['whole']:.3f} | {x['35%']:.3f} | {x['50%']:.3f} |")
     return "\n".join(lines)
 
 
@@ -240,6 +264,7 @@ def picture(checkpoint: Path) -> None:
     model = prune.load(checkpoint)
     stock = dict(whisper.model.Whisper(model.dims).named_parameters())
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    colors = {"self-attention": "C0", "cross-attention": "C1", "feed-forward": "C2"}
     for side, axis in zip(("encoder", "decoder"), axes):
         kinds = {"self-attention": "attn.value", "cross-attention": "cross_attn.value", "feed-forward": "mlp.0"}
         kinds.pop("cross-attention") if side == "encoder" else None
@@ -248,7 +273,7 @@ def picture(checkpoint: Path) -> None:
             share = [len(block.get_submodule(leaf).weight) / len(stock[f"{side}.blocks.{i}.{leaf}.weight"])
                      for i, block in enumerate(blocks)]
             axis.bar(np.arange(len(blocks)) + 0.8 * (k + 0.5) / len(kinds) - 0.4, [100 * x for x in share],
-                     0.8 / len(kinds), label=kind, color={"self-attention": "C0", "cross-attention": "C1", "feed-forward": "C2"}[kind])
+                     0.8 / len(kinds), label=kind, color=colors[kind])
         axis.set(title=side, xlabel="block", ylabel="% of the groups left" if side == "encoder" else "")
         axis.set_ylim(0, 130)
         axis.legend(fontsize=8, ncols=3, loc="upper center")
@@ -258,8 +283,8 @@ def picture(checkpoint: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    if sys.argv[1] == "table":
-        print(table())
+    if sys.argv[1] in ("table", "rivals", "penalty_table"):
+        print(globals()[sys.argv[1]]())
     elif sys.argv[1] == "picture":
         picture(Path(sys.argv[2]))
     elif sys.argv[2] in ("latency", "penalties"):
