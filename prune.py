@@ -195,7 +195,10 @@ def mask_(model: Whisper, plan: Plan) -> Whisper:
     for name, (_, _, cut, _, _) in plan.pass2.items():
         weight = params[f"{name}.weight"]
         weight.mul_(weight.float().abs().ge_(cut))    # a float mask: several times faster than masked_fill_
-    _align(model, list(_alignment(model, plan)))
+    layers = range(len(model.decoder.blocks))
+    stay = {(i, head) for i in layers for head in _heads(plan, f"decoder.blocks.{i}.cross_attn")}
+    listed = stay.intersection(map(tuple, model.alignment_heads.indices().T.tolist()))
+    _align(model, listed or [pair for pair in stay if pair[0] >= len(layers) // 2])       # or whisper's default
     return model
 
 
@@ -205,7 +208,6 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
     alignment_heads are put right; model.dims stays, as the residual stream does. What was cut is a new
     Parameter: build optimizers and groups after this. Raises what `mask_` raises."""
     mask_(model, plan)
-    alignment = _alignment(model, plan)
     for name, keep in plan.keep.items():
         for p, axis in _members(name) if not keep.all() else []:
             module, _, leaf = p.rpartition(".")
@@ -217,12 +219,11 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
                 linear.register_buffer("index", linear.index[index] if hasattr(linear, "index") else index)
                 linear.__class__ = SelectingLinear
     for name, attn in _modules(model, MultiHeadAttention):
-        if f"{name}.vo" in plan.keep:
-            width = plan.shapes[f"{name}.query.weight"][0] // attn.n_head
-            attn.n_head = int(plan.keep[f"{name}.vo"].view(attn.n_head, -1).any(1).sum())
-            attn.query.weight.mul_((_width(attn) / width) ** 0.5)
-            attn.query.bias.mul_((_width(attn) / width) ** 0.5)
-    _align(model, [(layer, new) for (layer, _), new in alignment.items()])
+        width, attn.n_head = plan.shapes[f"{name}.query.weight"][0] // attn.n_head, len(_heads(plan, name))
+        for p in attn.query.parameters():
+            p.mul_((_width(attn) / width) ** 0.5)
+    _align(model, [(i, _heads(plan, f"decoder.blocks.{i}.cross_attn").index(head))
+                   for i, head in model.alignment_heads.indices().T.tolist()])
     return model
 
 
@@ -541,19 +542,14 @@ def _pass2(model: Whisper, keep: dict[str, Tensor], z2: float) -> dict[str, list
     return pass2
 
 
-def _alignment(model: Whisper, plan: Plan) -> dict[tuple[int, int], int]:
-    """(layer, head) of the alignment heads that stay -> number of the head among those that stay. Where none
-    stays: all that stay in the upper half of the layers, which is whisper's own default."""
-    stay, layers = {}, model.decoder.blocks
-    for i, block in enumerate(layers):
-        keep = plan.keep.get(f"decoder.blocks.{i}.cross_attn.vo", torch.ones(block.cross_attn.n_head))
-        alive = keep.view(block.cross_attn.n_head, -1).any(1).nonzero().flatten().tolist()
-        stay |= {(i, head): new for new, head in enumerate(alive)}
-    listed = [pair for pair in map(tuple, model.alignment_heads.indices().T.tolist()) if pair in stay]
-    return {pair: stay[pair] for pair in listed or [pair for pair in stay if pair[0] >= len(layers) // 2]}
+def _heads(plan: Plan, name: str) -> list[int]:
+    """The heads of attention `name` that stay."""
+    n_head, = plan.shapes[name]
+    return plan.keep.get(f"{name}.vo", torch.ones(n_head)).view(n_head, -1).any(1).nonzero().flatten().tolist()
 
 
-def _align(model: Whisper, pairs: list[tuple[int, int]]) -> None:
+def _align(model: Whisper, pairs: Iterable[tuple[int, int]]) -> None:
+    """Make `pairs`, (layer, head), the model's alignment_heads."""
     n_head = [block.cross_attn.n_head for block in model.decoder.blocks]
     mask = torch.zeros(len(n_head), max(n_head), dtype=torch.bool)
     mask[tuple(zip(*pairs))] = True
