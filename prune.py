@@ -307,8 +307,12 @@ def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
     single = [tokenizer.encoding.encode_single_token(bytes([b])) for b in range(256)]
     kept = torch.tensor(sorted({*map(int, tokens), *single, *range(tokenizer.eot, V)}))
-    weight = params[ROWS].detach()[row_of[kept].to(model.device)]
-    _keep_rows(model, kept, nn.Parameter(weight, params[ROWS].requires_grad))
+    weight, decoder = params[ROWS].detach()[row_of[kept].to(model.device)], model.decoder
+    decoder.token_embedding = nn.Embedding.from_pretrained(weight, freeze=not params[ROWS].requires_grad)
+    decoder.register_buffer("kept_ids", kept.to(model.device))
+    row_of = torch.full((V,), -1).index_copy_(0, kept, torch.arange(len(kept)))
+    decoder.register_buffer("row_of", row_of.to(model.device))
+    decoder.__class__ = KeptDecoder
     return model
 
 
@@ -358,7 +362,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
                 linear.register_buffer("index", state[f"{name}.index"])
                 linear.__class__ = SelectingLinear
         if "decoder.kept_ids" in state:
-            _keep_rows(model, state["decoder.kept_ids"], nn.Parameter(torch.empty(state[ROWS].shape)))
+            vocabulary_(model, state["decoder.kept_ids"].tolist())
         here, there = ({(name, t.shape) for name, t in s.items()} for s in (model.state_dict(), state))
         if wrong := [*dict(sorted(here ^ there))]:
             raise ValueError(f"{len(wrong)} names are missing, unknown or of another shape: {', '.join(wrong[:3])}")
@@ -400,15 +404,6 @@ def expand(model: Whisper) -> Whisper:
     new.load_state_dict(state, assign=True)
     _align(new, model.alignment_heads.indices().T.tolist())
     return new
-
-
-def _keep_rows(model: Whisper, ids: Tensor, weight: nn.Parameter) -> None:
-    """Make `weight` the embedding of `ids`, row by row."""
-    decoder, row_of = model.decoder, torch.full((model.dims.n_vocab,), -1)
-    decoder.token_embedding = nn.Embedding.from_pretrained(weight, freeze=not weight.requires_grad)
-    decoder.register_buffer("kept_ids", ids.to(model.device))
-    decoder.register_buffer("row_of", row_of.index_copy_(0, ids, torch.arange(len(ids))).to(model.device))
-    decoder.__class__ = KeptDecoder
 
 
 def _all_rows(decoder: KeptDecoder) -> Tensor:
