@@ -150,10 +150,8 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
         if not math.isfinite(value) or (key == "floor" and value < 0):
             raise ValueError(f"{key} is {value}; give a finite number, and floor at least 0")
     norms, cuts = _norms(model, units(model) if groups is None else groups, curvature), {}
-    for side in ("encoder", "decoder") if curvature is None else ("",):
+    for side in sorted({name.partition(".")[0] if curvature is None else "" for name in norms}):
         inside = [name for name in norms if name.startswith(side)]
-        if not inside:
-            continue
         pooled = torch.cat([norms[name] for name in inside])
         mean, std = pooled.mean().item(), pooled.std(correction=0).item()
         cuts |= dict.fromkeys(inside, max(floor * mean, mean + z1 * std))
@@ -173,9 +171,7 @@ def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, h
     if not least <= share <= most:
         raise ValueError(f"a share of {share} cannot be removed here, only {least:.3f} to {most:.3f}; "
                          "ask for one between, or change floor or multiple")
-    for _ in range(20):
-        if abs(reached(plans[-1]) - share) < 0.001:      # near enough: every plan reads all weights
-            break
+    while abs(reached(plans[-1]) - share) >= 0.001 and len(plans) < 22:      # a plan reads all weights: no more
         middle = (low + high) / 2
         plans.append(plan_at(middle))
         low, high = (middle, high) if reached(plans[-1]) < share else (low, middle)
@@ -219,7 +215,7 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
     for name, attn in _modules(model, MultiHeadAttention):
         width, attn.n_head = plan.shapes[f"{name}.query.weight"][0] // attn.n_head, len(_heads(plan, name))
         for p in attn.query.parameters():
-            p.mul_((_width(attn) / width) ** 0.5)
+            p.mul_((attn.query.out_features / attn.n_head / width) ** 0.5)
     _align(model, [(i, _heads(plan, f"decoder.blocks.{i}.cross_attn").index(head))
                    for i, head in model.alignment_heads.indices().T.tolist()])
     return model
@@ -389,7 +385,7 @@ def expand(model: Whisper) -> Whisper:
     state[ROWS] = _all_rows(model.decoder) if isinstance(model.decoder, KeptDecoder) else state[ROWS]
     slots = {}                             # attention name -> where its rows go
     for name, attn in _modules(model, MultiHeadAttention):
-        full, width = _width(new.get_submodule(name)), _width(attn)
+        full, width = (a.query.out_features // a.n_head for a in (new.get_submodule(name), attn))
         slots[name] = (torch.arange(attn.n_head)[:, None] * full + torch.arange(width)).flatten()
         state[f"{name}.query.weight"] *= (full / width) ** 0.5
         state[f"{name}.query.bias"] *= (full / width) ** 0.5
@@ -430,10 +426,6 @@ def _members(name: str) -> list[tuple[str, int]]:
 
 def _modules(model: Whisper, kind: type) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if ".blocks." in name and isinstance(m, kind)]
-
-
-def _width(attn: MultiHeadAttention) -> int:
-    return len(attn.query.weight) // attn.n_head
 
 
 def _shapes(model: Whisper) -> dict[str, list[int]]:
@@ -479,23 +471,20 @@ def _norms(model: Whisper, groups: dict[str, Group], curvature: dict | None = No
         total = torch.zeros((), dtype=torch.float64)
         for p, axis in group:
             cost = p.detach().float().square()
-            cost *= 1 if curvature is None else _curvature(curvature, names[p], p)
+            if curvature is not None:
+                h = curvature.get(names[p])
+                if h is None or h.shape != p.shape:
+                    what = "missing" if h is None else f"of shape {list(h.shape)}"
+                    raise ValueError(f"curvature has {names[p]} {what}, needed is {list(p.shape)}; give every "
+                                     "parameter's mean squared gradient, and not that from before remove_")
+                h = h.detach().to(p.device, torch.float32)
+                if not (h.isfinite() & (h >= 0)).all():
+                    raise ValueError(f"curvature of {names[p]} is negative or not finite; give mean squared gradients")
+                cost *= h
             total = total + cost.reshape(len(p), -1).sum(1 - axis, dtype=torch.float64).cpu()
         size = sum(p.numel() // p.shape[axis] for p, axis in group) if curvature is None else 1
         norms[name] = (total / size).sqrt()
     return norms
-
-
-def _curvature(curvature: dict[str, Tensor], name: str, p: nn.Parameter) -> Tensor:
-    """h_i of one parameter, checked."""
-    h = curvature.get(name)
-    if h is None or h.shape != p.shape:
-        raise ValueError(f"curvature has {name} {'missing' if h is None else f'of shape {list(h.shape)}'}, needed is "
-                         f"{list(p.shape)}; give every parameter's mean squared gradient, from before remove_")
-    h = h.detach().to(p.device, torch.float32)
-    if not (h.isfinite() & (h >= 0)).all():
-        raise ValueError(f"curvature of {name} is negative or not finite; give a mean of squared gradients")
-    return h
 
 
 def _even(model: Whisper, norms: dict, cuts: dict, multiple: int) -> dict[str, Tensor]:
@@ -511,7 +500,7 @@ def _even(model: Whisper, norms: dict, cuts: dict, multiple: int) -> dict[str, T
         pair = (f"{stem}.qk", f"{stem}.vo")
         if not norms.keys() & {*pair}:
             continue
-        endless = torch.full((attn.n_head * _width(attn),), math.inf)      # who is not asked about stays
+        endless = torch.full((attn.query.out_features,), math.inf)      # who is not asked about stays
         n = [norms.get(name, endless).view(attn.n_head, -1) for name in pair]
         cut = [cuts.get(name, 0.0) for name in pair]
         alive = n[1].amax(1) >= min(cut[1], n[1].max())                    # a head lives by its values
