@@ -44,6 +44,7 @@ value and mlp.0 read the residual stream and become a `SelectingLinear`. Outside
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -225,19 +226,17 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
 def second_moments(model: Whisper, forward: Callable[[], None]) -> dict[str, Tensor]:
     """Sum of x x^T over the positions that forward() runs the model on, x = (input, 1) of each out and mlp.2:
     (n + 1, n + 1) float32, the last entry the number of positions."""
-    sums, hooks = {}, []
-    for name, linear in _modules(model, nn.Linear):
-        if name.endswith((".out", ".mlp.2")):
-            def listen(_, inputs, name=name) -> None:
-                x = nn.functional.pad(inputs[0].float().flatten(0, -2), (0, 1), value=1)
-                with torch.autocast(x.device.type, enabled=False):         # sums in bf16 are not positive definite
-                    sums[name] = sums.get(name, 0) + x.T @ x
-            hooks.append(linear.register_forward_pre_hook(listen))
-    try:
+    sums, names = {}, {m: name for name, m in _modules(model, nn.Linear) if name.endswith((".out", ".mlp.2"))}
+
+    def listen(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+        x = nn.functional.pad(inputs[0].float().flatten(0, -2), (0, 1), value=1)
+        with torch.autocast(x.device.type, enabled=False):             # sums in bf16 are not positive definite
+            sums[names[linear]] = sums.get(names[linear], 0) + x.T @ x
+
+    with ExitStack() as hooks:             # leaving it removes them, whatever forward() does
+        for linear in names:
+            hooks.enter_context(linear.register_forward_pre_hook(listen))
         forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return sums
 
 
@@ -439,9 +438,8 @@ def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parame
     if not isinstance(model, Whisper):
         raise ValueError(f"a whisper.model.Whisper is needed, not a {type(model).__name__}; unwrap it")
     params, here = dict(model.named_parameters()), _shapes(model)
-    for name, p in params.items():
-        if p.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values; load weights first")
+    if meta := [name for name, p in params.items() if p.is_meta]:
+        raise ValueError(f"{meta[0]} is on the meta device and has no values; load weights first")
     for name in [*params, *(p for unit in _unit_names(model) for p, _ in _members(unit))]:
         own = name in params and name.endswith((".weight", ".bias")) and params[name].is_floating_point()
         if ".blocks." in name and not own:
