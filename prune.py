@@ -82,8 +82,7 @@ class KeptDecoder(TextDecoder):
         """(B, T, rows), what training needs. ValueError if an id has no row."""
         rows = self.row_of[ids]
         if not (rows.is_meta or torch.compiler.is_compiling()) and (rows < 0).any():
-            raise ValueError(f"ids {ids[rows < 0].unique().tolist()} have no row; keep them in vocabulary_, or "
-                             "give a prompt without them")
+            raise ValueError(f"ids {ids[rows < 0].unique().tolist()} have no row; give vocabulary_ all ids you use")
         return super().forward(rows, audio, kv_cache)
 
     def forward(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
@@ -107,11 +106,11 @@ class Plan:
 
     def removed(self) -> tuple[int, int]:
         """(block parameters that `remove_` takes away, of how many); the zeros of pass 2 are not in it."""
-        left = {p: s for p, s in self.shapes.items() if ".blocks." in p and p.endswith(("weight", "bias"))}
+        left = {p: [*s] for p, s in self.shapes.items() if ".blocks." in p and p.endswith(("weight", "bias"))}
         of = sum(map(math.prod, left.values()))
         for name, keep in self.keep.items():
             for p, axis in _members(name):
-                left[p] = [*left[p][:axis], int(keep.sum()), *left[p][axis + 1:]]
+                left[p][axis] = int(keep.sum())
         return of - sum(map(math.prod, left.values())), of
 
     def __str__(self) -> str:
@@ -170,8 +169,7 @@ def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, h
     plans, reached = [plan_at(low), plan_at(high)], lambda plan: plan.removed()[0] / plan.removed()[1]
     least, most = map(reached, plans)
     if not least <= share <= most:
-        raise ValueError(f"a share of {share} cannot be removed here, only {least:.3f} to {most:.3f}; "
-                         "ask for one between, or change floor or multiple")
+        raise ValueError(f"a share of {share} cannot be removed, only {least:.3f} to {most:.3f}; ask for one between")
     while abs(reached(plans[-1]) - share) >= 0.001 and len(plans) < 22:      # a plan reads all weights: no more
         middle = (low + high) / 2
         plans.append(plan_at(middle))
@@ -216,7 +214,7 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
     for name, attn in _modules(model, MultiHeadAttention):
         width, attn.n_head = plan.shapes[f"{name}.query.weight"][0] // attn.n_head, len(_heads(plan, name))
         for p in attn.query.parameters():
-            p.mul_((attn.query.out_features / attn.n_head / width) ** 0.5)
+            p.mul_((len(attn.query.weight) / attn.n_head / width) ** 0.5)
     _align(model, [(i, _heads(plan, f"decoder.blocks.{i}.cross_attn").index(head))
                    for i, head in model.alignment_heads.indices().T.tolist()])
     return model
@@ -384,7 +382,7 @@ def expand(model: Whisper) -> Whisper:
     state[ROWS] = _all_rows(model.decoder) if isinstance(model.decoder, KeptDecoder) else state[ROWS]
     slots = {}                             # attention name -> where its rows go
     for name, attn in _modules(model, MultiHeadAttention):
-        full, width = (a.query.out_features // a.n_head for a in (new.get_submodule(name), attn))
+        full, width = (len(a.query.weight) // a.n_head for a in (new.get_submodule(name), attn))
         slots[name] = (torch.arange(attn.n_head)[:, None] * full + torch.arange(width)).flatten()
         state[f"{name}.query.weight"] *= (full / width) ** 0.5
         state[f"{name}.query.bias"] *= (full / width) ** 0.5
@@ -454,11 +452,11 @@ def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parame
 
 def _norms(model: Whisper, groups: dict[str, Group], curvature: dict | None = None) -> dict[str, Tensor]:
     """n_j of every group, under the name of what goes with it (`_members`)."""
-    params, own = _parameters(model), units(model)
+    params = _parameters(model)
     for name, p in params.items():
         if ".blocks." in name and not torch.linalg.vector_norm(p.detach().float()).isfinite():
             raise ValueError(f"{name} holds NaN, infinite or overflowing values; reload or mend the weights")
-    known = {frozenset(m): name for name in [*dict(_modules(model, nn.Linear)), *own]
+    known = {frozenset(m): name for name in [*dict(_modules(model, nn.Linear)), *_unit_names(model)]
              for m in (_members(name), _members(name)[-1:])}    # the last member takes the others along
     names, norms = {p: name for name, p in params.items()}, {}
     for given, group in groups.items():
@@ -466,7 +464,7 @@ def _norms(model: Whisper, groups: dict[str, Group], curvature: dict | None = No
         if name is None or name in norms:
             raise ValueError(f"group {given} is neither in units(model) nor the columns of a block's Linear, "
                              "or it comes twice; build groups from this model, and again after remove_")
-        total = torch.zeros((), dtype=torch.float64)
+        total = 0
         for p, axis in group:
             cost = p.detach().float().square()
             if curvature is not None:
@@ -493,17 +491,17 @@ def _even(model: Whisper, norms: dict, cuts: dict, multiple: int) -> dict[str, T
 
     if not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple is {multiple}; give a whole number from 1")
-    keep = {name: strongest(n, int((n >= cuts[name]).sum())) for name, n in norms.items()}
+    over = {name: n - cuts[name] for name, n in norms.items()}
+    keep = {name: strongest(n, int((n >= 0).sum())) for name, n in over.items()}
     for stem, attn in _modules(model, MultiHeadAttention):
-        pair = (f"{stem}.qk", f"{stem}.vo")
-        if not norms.keys() & {*pair}:
+        pair = [f"{stem}.qk", f"{stem}.vo"]
+        if over.keys().isdisjoint(pair):
             continue
-        endless = torch.full((attn.query.out_features,), math.inf)      # who is not asked about stays
-        n = [norms.get(name, endless).view(attn.n_head, -1) for name in pair]
-        cut = [cuts.get(name, 0.0) for name in pair]
-        alive = n[1].amax(1) >= min(cut[1], n[1].max())                    # a head lives by its values
-        width = max(int((n[i] >= cut[i]).sum(1)[alive].max()) for i in (0, 1))
-        keep |= {pair[i]: (strongest(n[i], width) & alive[:, None]).flatten() for i in (0, 1)}
+        endless = torch.full((len(attn.query.weight),), math.inf)          # who is not asked about stays
+        qk, vo = (over.get(name, endless).view(attn.n_head, -1) for name in pair)
+        alive = vo.amax(1) >= min(0.0, vo.max())                           # a head lives by its values
+        width = max(int((n >= 0).sum(1)[alive].max()) for n in (qk, vo))
+        keep |= {name: (strongest(n, width) & alive[:, None]).flatten() for name, n in zip(pair, (qk, vo))}
     return keep
 
 
