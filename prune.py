@@ -6,40 +6,40 @@
     prune.remove_(model, plan)                # the matrices shrink, whisper's own code runs on
     prune.save(model, "pruned.pt")            # prune.load("pruned.pt") brings it back
 
-A group g_j is what must go together (`units`): a feed-forward neuron (row of mlp.0, its bias, column of
-mlp.2), a value dimension of a head (row of value, its bias, column of out), a query/key dimension of a head
-(row of query, its bias, row of key; key has no bias). With n_j = ||g_j||_2 / sqrt(entries of g_j):
+A group is what must go together. Neuron j of a feed-forward layer, say, is row j of mlp.0, its bias, and column j of
+mlp.2, which reads it. `units` lists these as X.mlp, X being encoder.blocks.0 and so on, and of each attention X the
+value dimensions (X.vo: row j of value, its bias, column j of out) and the query/key dimensions (X.qk: row j of query,
+its bias, row j of key, which has no bias). With n_j the root mean square of the weights g_j of group j,
 
     pass 1   group j goes    where  n_j < max(floor * mean(n), mean(n) + z1 * std(n))                (1)
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
-That is the paper's wording. In a Whisper that OpenAI trained, a small norm is no small loss. So n_j may instead be
-what removing the group costs. To second order, setting the weights of g_j to zero raises the loss L by
+Pass 1 takes mean and std (dividing by n, not n - 1) over all groups of one side, encoder or decoder. Pass 2 takes them
+matrix by matrix, biases left alone, and afresh: the small weights that pass 1 removed had pulled the mean down.
+
+But the loss can hang on small weights and hardly notice large ones; in a Whisper that OpenAI trained it does. So n_j
+may instead be what removing the group costs. To second order, setting its weights to zero raises the loss L by
 
     L(0) - L(w)  =  -sum_i w_i dL/dw_i  +  1/2 sum_ik w_i w_k H_ik  ~  1/2 sum_i w_i^2 h_i                  (3)
 
-where the gradient vanishes, as it does at a minimum, with the Hessian's diagonal h for the whole (Optimal Brain
-Damage: LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is the mean squared gradient, and Adam
-keeps it. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), the root of twice (3): in units of the
-loss, so divided by no size, and the same for a group rescaled (value by a, out by 1/a) that computes the same.
+where the gradient vanishes, as it does at a minimum, and the diagonal h stands for the whole Hessian H (Optimal Brain
+Damage: LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is about the mean squared gradient, which
+Adam keeps. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), the root of twice (3): the cost of the
+whole group, divided by no size, the same if value is times a and out times 1/a. All of the model is one pool then.
 
-(1) pools norms over one side, encoder or decoder, and curvature over the model, as nats compare with nats. (2) goes
-one matrix at a time by |w|, biases stay; mean and std are taken afresh, because the spike near zero that pass 1
-removed had pulled both down. std divides by n, not n - 1. Source: TSPAR, arXiv 2510.12666, published without code:
-two passes and thresholds from mean and std are the paper's; (1) to (4), the pooling and the floor are our reading.
+Last, the plan is evened (`_even`): whisper splits the rows of an attention into heads of one width, PyTorch fuses
+attention on a CPU only if query/key and value are equally wide, and dense kernels like multiples of 8. So all heads of
+an attention keep as many dimensions as the neediest, of query/key and value alike, rounded up; the strongest of the
+doomed fill them. A head without value dimensions adds nothing and goes whole; one without query/key dimensions still
+averages its values and stays. At least one head, and one group, always stays. `mask_` writes zeros and so defines what
+a plan means; `remove_` cuts, to the same function (query is scaled, as whisper divides by sqrt(head width)). Before
+either, `refit_` can fit what reads the doomed groups, out and mlp.2, to the inputs that stay (4).
 
-The plan is evened before anything is cut, so that dense kernels stay fast (on a CPU, PyTorch fuses attention only
-where query/key and value are equally wide): the heads of one attention keep one width, the same for query/key and
-value, all widths a multiple of 8; a head's strongest doomed dimensions stay until it matches. A head without value
-dimensions adds nothing and goes whole; one without query/key dimensions averages its values, which is not nothing,
-so it keeps its strongest. One head and one group always stay. `refit_` solves what reads from the doomed groups
-anew, `mask_` writes zeros and defines what a plan means, `remove_` is the same function in smaller shapes: whisper
-divides scores by sqrt(head width), so query is scaled.
-
-A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes its
-producer along and is listed as X.vo or X.mlp (query/key keep their width then, so only whole heads go). query, key,
-value and mlp.0 read the residual stream and become a `SelectingLinear`. Outside the blocks, `vocabulary_` and
-`window_` cut to the tokens of a language and the length of its clips.
+A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
+computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
+key, value and mlp.0 read the residual stream, which stays, and become a `SelectingLinear`. `vocabulary_` and `window_`
+cut outside the blocks, to the tokens of a language and its clips' length. Source: TSPAR, arXiv 2510.12666, no code
+published: two passes and thresholds from mean and std are the paper's; (1) to (4), pooling and floor are our reading.
 """
 import math
 import os
@@ -162,7 +162,6 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 
 def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, high: float = 10.0) -> Plan:
     """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high.
-
     target(0.5, lambda z1: two_pass(model, z1=z1)) fixes the size, which two_pass leaves to the weights. Sizes go in
     steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between
     what low and high remove."""
