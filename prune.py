@@ -15,7 +15,7 @@ its bias, row j of key, which has no bias). With n_j the root mean square of the
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
 Pass 1 takes mean and std (dividing by n, not n - 1) over all groups of one side, encoder or decoder. Pass 2 takes them
-matrix by matrix, biases left alone, and afresh: the small weights that pass 1 removed had pulled the mean down.
+matrix by matrix, biases left alone, and afresh, so that what pass 1 removed does not shift them.
 
 But the loss can hang on small weights and hardly notice large ones; in a Whisper that OpenAI trained it does. So n_j
 may instead be what removing the group costs. To second order, setting its weights to zero raises the loss L by
@@ -25,19 +25,20 @@ may instead be what removing the group costs. To second order, setting its weigh
 where the gradient vanishes, as it does at a minimum, and the diagonal h stands for the whole Hessian H (Optimal Brain
 Damage: LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is about the mean squared gradient, which
 Adam keeps. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), the root of twice (3): the cost of the
-whole group, divided by no size, the same if value is times a and out times 1/a. All of the model is one pool then.
+whole group, so divided by no size, and the same after value is multiplied by a and out by 1/a. (1) then takes mean
+and std over the whole model.
 
 Last, the plan is evened (`_even`): whisper splits the rows of an attention into heads of one width, PyTorch fuses
 attention on a CPU only if query/key and value are equally wide, and dense kernels like multiples of 8. So all heads of
 an attention keep as many dimensions as the neediest, of query/key and value alike, rounded up; the strongest of the
-doomed fill them. A head without value dimensions adds nothing and goes whole; one without query/key dimensions still
-averages its values and stays. At least one head, and one group, always stays. `mask_` writes zeros and so defines what
-a plan means; `remove_` cuts, to the same function (query is scaled, as whisper divides by sqrt(head width)). Before
-either, `refit_` can fit what reads the doomed groups, out and mlp.2, to the inputs that stay (4).
+doomed fill them. Neurons and columns are rounded up too. A head without value dimensions adds nothing and goes whole;
+one without query/key dimensions still averages its values and stays. At least one head, and one group, always stays.
+`mask_` writes zeros, which defines what a plan is; `remove_` cuts, to the same function (query is scaled, as whisper
+divides by sqrt(head width)). Before either, `refit_` can fit what reads the doomed, out and mlp.2, to what stays (4).
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
-key, value and mlp.0 read the residual stream, which stays, and become a `SelectingLinear`. `vocabulary_` and `window_`
+key, value and mlp.0 read what others read too, which stays, and become a `SelectingLinear`. `vocabulary_`, `window_`
 cut outside the blocks, to the tokens of a language and its clips' length. Source: TSPAR, arXiv 2510.12666, no code
 published: two passes and thresholds from mean and std are the paper's; (1) to (4), pooling and floor are our reading.
 """
