@@ -537,20 +537,17 @@ XING = re.compile(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", re.S)        
 def opened(path: Path):
     """The soundfile.SoundFile of an audio file. Stops where libsndfile reads none, or less than a header promises."""
     need(os.path.isfile(path), f"{path} is no file; give one that libsndfile reads: mp3, ogg, flac, wav")
-    try:
-        # By number, not by name: soundfile takes anything called x.raw or x.gsm for sound without a header.
-        with open(path, "rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
-            log = file.extra_info                # a size near 2^31 or 2^32 was not known when the header was written
-            sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
-            if file.format == "MP3" and (xing := XING.search(os.pread(raw.fileno(), 4096, 0))):
-                sizes = [(int.from_bytes(xing[1], "big"), os.stat(path).st_size)]
-            cut = any(int(here) < 0.99 * int(said) and int(said) < 0x7FFF0000 for said, here in sizes)
-            need(not (cut or re.search("end-of-stream|Junk after the last page", log) or file.frames > 1 << 40),
-                 f"{path} is cut short, damaged at its end, or of unknown length; replace it, or take it out")
-            yield file
-    except (RuntimeError, OSError) as error:
-        text = getattr(error, "error_string", error)
-        raise Stop(f"{path} is no readable audio ({text}); replace it, or take it out") from None
+    # By number, not by name: soundfile takes anything called x.raw or x.gsm for sound without a header.
+    with blame(f"{path} is no readable audio; replace it, or take it out", RuntimeError, OSError), \
+            open(path, "rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+        log = file.extra_info                    # a size near 2^31 or 2^32 was not known when the header was written
+        sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
+        if file.format == "MP3" and (xing := XING.search(os.pread(raw.fileno(), 4096, 0))):
+            sizes = [(int.from_bytes(xing[1], "big"), os.stat(path).st_size)]
+        cut = any(int(here) < 0.99 * int(said) and int(said) < 0x7FFF0000 for said, here in sizes)
+        need(not (cut or re.search("end-of-stream|Junk after the last page", log) or file.frames > 1 << 40),
+             f"{path} is cut short, damaged at its end, or of unknown length; replace it, or take it out")
+        yield file
 
 
 def duration(path: Path) -> float:
@@ -745,12 +742,12 @@ def need(ok, otherwise: str) -> None:
 
 
 @contextmanager
-def blame(flag: str):
-    """A ValueError of prune's becomes the user's: it stops the run and names the flag."""
+def blame(what: str, *errors: type[Exception]):
+    """Errors of these kinds, ValueError if none is named, stop the run in a line that begins with what is to blame."""
     try:
         yield
-    except ValueError as error:
-        raise Stop(f"{flag}: {error}") from None
+    except errors or ValueError as error:
+        raise Stop(f"{what}: " + str(error).partition("\n")[0]) from None
 
 
 def write(path: Path, fill) -> None:
@@ -793,13 +790,11 @@ def start_folder(s: Settings, model: Whisper) -> None:
         room = shutil.disk_usage(next(up for up in (out, *out.resolve().parents) if up.exists())).free / 1e9
         size = 4 * (12 + IMP_ROUNDS) * sum(p.numel() for p in model.parameters()) / 1e9     # states, Adam, 3 models
         need(room > size, f"--out {out} has {room:.1f} GB left, the run needs {size:.1f}; make room, or name another")
-    try:
+    with blame(f"--out {out} cannot be written; name a folder that can", OSError):
         (out / "state").mkdir(parents=True, exist_ok=True)
         for old in () if s.resume else (*(out / "state").iterdir(), *(out / name for name in RESULTS)):
             old.unlink(missing_ok=True)
         write(record, lambda file: file.write(json.dumps(ours, indent=1).encode()))
-    except OSError as error:
-        raise Stop(f"--out {out} cannot be written ({error}); name a folder that can") from None
     if s.resume:
         say(s, "\nresumed")
 
@@ -885,11 +880,8 @@ def settings(argv: list[str] | None) -> Settings:
         data_folder(s)
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
-    try:
+    with blame(f"--device {device} cannot be used; take cpu, or a machine with cuda", RuntimeError, AssertionError):
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Stop(f"--device {device} cannot be used ({str(error).splitlines()[0]}); take cpu, "
-                   "or a machine with cuda") from None
     return replace(s, device=device, out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
 
 
@@ -957,12 +949,14 @@ def load_model(s: Settings) -> Whisper:
     path, names = EMBEDDED.get(s.model, Path(s.model)), whisper.available_models()
     need(path.is_file() or s.model in names,
          f"--model {s.model} is neither nano, nor a file, nor one of {', '.join(names)}")
-    try:
-        with blame("--model"):
-            model = prune.load(path, s.device) if path.is_file() else whisper.load_model(s.model, s.device)
-    except (OSError, RuntimeError) as error:     # urllib's URLError is an OSError; RuntimeError: a broken download
-        raise Stop(f"the weights of {s.model} could not be fetched ({error}); download {whisper._MODELS[s.model]} "
-                   f"into {os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model") from None
+    if path.is_file():
+        with blame("--model", OSError, ValueError):
+            model = prune.load(path, s.device)
+    else:                                        # urllib's URLError is an OSError; RuntimeError: a broken download
+        with blame(f"the weights of {s.model} could not be fetched; download {whisper._MODELS[s.model]} into "
+                   f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model",
+                   OSError, RuntimeError):
+            model = whisper.load_model(s.model, s.device)
     if s.window is not None:
         with blame("--window"):
             prune.window_(model, s.window)
