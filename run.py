@@ -815,10 +815,9 @@ RECIPES = {128: {"lr": 1e-3, "steps": 500, "batch": 8, "vocabulary": "data", "ta
            1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
 
 
-def flag(default, text: str, *choices: str, kind: type | None = None):
+def flag(default, text: str, *choices: str):
     """A field of Settings that is a command-line flag too: its default, its --help line, what it may be."""
-    kind = kind or (str if default is None else type(default))
-    return field(default=default, metadata={"help": text, "choices": choices or None, "kind": kind})
+    return field(default=default, metadata={"help": text, "choices": choices or None})
 
 
 @dataclass(frozen=True)
@@ -829,24 +828,20 @@ class Settings:
     data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
     language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
     out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
-    window: float = flag(None, "seconds of audio the encoder takes: fewer are faster (default: the model's)",
-                         kind=float)
-    vocabulary: str = flag(None, "data: only the tokens that train's sentences need (nano); full: all (the others)",
-                           "data", "full")
-    steps: int = flag(None, "first phase, before pruning: more let the weights settle", kind=int)
-    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)", kind=int)
-    batch: int = flag(None, "clips a step and process", kind=int)
+    window: float = flag(None, "seconds of audio the encoder takes: fewer are faster (default: the model's)")
+    vocabulary: str = flag(None, "data: only the tokens train needs (nano); full: all (the others)", "data", "full")
+    steps: int = flag(None, "first phase, before pruning: more let the weights settle")
+    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)")
+    batch: int = flag(None, "clips a step and process")
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
-    lr: float = flag(None, "learning rate of the first phase", kind=float)
-    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)", kind=float)
-    importance: str = flag(None, "what pass 1 compares: curvature of the loss, or norm, the paper's wording",
-                           "curvature", "norm")
-    penalty: str = flag(None, "loss adds the penalty's gradient, the paper's wording; prox takes the proximal step",
-                        "none", "loss", "prox")
+    lr: float = flag(None, "learning rate of the first phase")
+    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)")
+    importance: str = flag(None, "pass 1 compares curvature of the loss, or norm (the paper)", "curvature", "norm")
+    penalty: str = flag(None, "loss adds its gradient (the paper); prox, a proximal step", "none", "loss", "prox")
     l1: float = flag(0.5, "strength on single weights, in units of the gradient: higher makes them smaller")
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
-    target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1", kind=float)
+    target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1")
     z1: float = flag(-0.25, "pass 1 with --target 0, standard deviations from the mean: higher removes more")
     z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
@@ -854,11 +849,11 @@ class Settings:
     seed: int = flag(0, "order of the clips, augmentation, bootstrap")
     device: str = flag("", "cpu or cuda; cuda where there is one")
     precision: str = flag(None, "of activations; bf16 where the machine is fast at it, nano fp32", "fp32", "bf16")
-    workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)", kind=int)
+    workers: int = flag(None, "processes that decode audio (nano 0: once, then from memory; others up to 8)")
     resume: bool = flag(False, "go on where the same command was interrupted")
     overwrite: bool = flag(False, "replace what an earlier run left in OUT")
     evaluate: bool = flag(False, "only measure the model")
-    transcribe: list = flag((), "only print the text of these audio files", kind=str)
+    transcribe: list = flag((), "only print the text of these audio files")
     plot: bool = flag(False, "also draw OUT/plot.png (needs matplotlib)")
 
 
@@ -866,12 +861,13 @@ def settings(argv: list[str] | None) -> Settings:
     """The command line, checked as far as that goes without loading anything."""
     parser = argparse.ArgumentParser("run.py", allow_abbrev=False, description=__doc__.partition("\n\n")[0])
     parser.error = lambda message: need(False, f"{message}; see python run.py --help")      # one line, not the usage
+    kinds = {"str": str, "int": int, "float": float, "list": str}        # by the annotation, a string here
     for f in fields(Settings):
-        m, text = f.metadata, f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
-        typed = {"action": "store_true"} if m["kind"] is bool else {
-            "type": m["kind"], "choices": m["choices"], "metavar": None if m["choices"] else "X"}
-        typed |= {"nargs": "+"} if f.default == () else {}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **typed)
+        choices, text = f.metadata["choices"], f.metadata["help"] + " (default: %(default)s)" * bool(f.default)
+        typed = {"action": "store_true"} if f.type == "bool" else {
+            "type": kinds[f.type], "choices": choices, "metavar": None if choices else "X"}
+        typed |= {"nargs": "+"} if f.type == "list" else {}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **typed)
     s = Settings(**vars(parser.parse_args(argv)))
     check(s)
     for path in s.transcribe:
