@@ -913,15 +913,10 @@ def completed(s: Settings, model: Whisper) -> Settings:
 
 def data_folder(s: Settings) -> Path:
     """Where train.tsv, dev.tsv, test.tsv and clips/ lie."""
-    if s.data == "cv11_hi":
-        named = s.data_dir or os.getenv("CV11_HI")
-        folder = Path(named or "nowhere")
-        need(folder.is_dir(), f"cv11_hi is not in {named or 'a folder that was named'}; get Common Voice Corpus 11.0, "
-             "Hindi, from Mozilla, unpack it, and give the folder that holds train.tsv as --data-dir or $CV11_HI")
-    else:
-        folder = EMBEDDED.get(s.data, Path(s.data))
-        need(folder.is_dir(), f"--data {s.data} is neither mini_hi, nor cv11_hi, nor a folder with train.tsv, "
-                              "dev.tsv, test.tsv and clips/")
+    name = s.data if s.data != "cv11_hi" else s.data_dir or os.getenv("CV11_HI") or "cv11_hi"
+    folder = EMBEDDED.get(name, Path(name))
+    need(folder.is_dir(), f"--data {s.data}: {name} is neither mini_hi nor a folder with train.tsv, dev.tsv, test.tsv "
+         "and clips/; for cv11_hi --data-dir or $CV11_HI names the folder of Mozilla's Common Voice 11.0, Hindi")
     return folder
 
 
