@@ -692,7 +692,7 @@ class Clips(Dataset):
     def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[int]]:
         """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in any process, now or resumed."""
         mel = self.mel(key[0])
-        return augment(mel[None], np.random.default_rng(key[1:]))[0] if key[1:] else mel, self.tokens[key[0]]
+        return augment(mel, np.random.default_rng(key[1:])) if key[1:] else mel, self.tokens[key[0]]
 
     def collate(self, items: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """mels (B, n_mels, n_frames), decoder inputs (B, T), targets (B, T): -100 where nothing is predicted."""
@@ -703,15 +703,14 @@ class Clips(Dataset):
         return torch.stack(mels), torch.tensor(inputs), torch.tensor(targets)
 
 
-def augment(mels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def augment(mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """SpecAugment (Park et al. 2019): after a shift of up to 20 frames, 2 bands of up to 10 mels and 2 stretches of
-    up to 20 frames of each clip are set to its mean."""
-    mels = torch.stack([mel.roll(int(rng.integers(20)), -1) for mel in mels])
-    for mel in mels:
-        for axis, widest in ((0, 10), (0, 10), (1, 20), (1, 20)):
-            width = int(rng.integers(widest + 1))
-            mel.narrow(axis, int(rng.integers(mel.shape[axis] - width)), width).fill_(mel.mean())
-    return mels
+    up to 20 frames are set to the mean."""
+    mel = mel.roll(int(rng.integers(20)), -1)
+    for axis, widest in ((0, 10), (0, 10), (1, 20), (1, 20)):
+        width = int(rng.integers(widest + 1))
+        mel.narrow(axis, int(rng.integers(mel.shape[axis] - width)), width).fill_(mel.mean())
+    return mel
 
 
 def batches(clips: Clips, s: Settings, keys: list[list[tuple]]) -> DataLoader:
