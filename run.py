@@ -35,6 +35,8 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jiwer
@@ -617,37 +619,24 @@ def find(clips: Path, name: str, listing: dict[str, str]) -> Path:
     return clips / listing.get(alike(name), name)
 
 
-def encoded(text: str, tokenizer) -> list[int]:
-    """Prompt, text, end."""
-    special = [token for token in tokenizer.special_tokens if token in text] if "<|" in text else []
-    need(not special, f"its sentence holds {', '.join(special)}, which Whisper takes for no text; take that out")
-    return [*tokenizer.sot_sequence_including_notimestamps,
-            *tokenizer.encoding.encode_ordinary(" " + text), tokenizer.eot]
-
-
-class Rows(Dataset):
-    """The rows of one table, looked at for one model. Item i: (path, sentence, tokens, why it is left out, if it is),
-    or a text alone: what is wrong with it."""
-
-    def __init__(self, table: Path, model: Whisper, tokenizer, limit: int):
-        self.table, self.rows, self.listing = table, read_table(table, limit), {}
-        self.tokenizer, self.clean = tokenizer, normalizer(tokenizer.language or "en")
-        self.window, self.context = model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[Path, str, list[int], str] | str:
-        line, name, text = self.rows[i]
+def looked_at(table: Path, tokenizer, window: float, context: int, rows: list) -> list[tuple | str]:
+    """For each row (path, sentence, tokens, why it is left out, if it is), or a text alone: what is wrong with it."""
+    looked, listing, clean = [], {}, normalizer(tokenizer.language or "en")
+    for line, name, text in rows:
         try:
-            path, tokens = find(self.table.parent / "clips", name, self.listing), encoded(text, self.tokenizer)
+            path = find(table.parent / "clips", name, listing)
+            special = [token for token in tokenizer.special_tokens if token in text] if "<|" in text else []
+            need(not special, f"its sentence holds {', '.join(special)}, no text to Whisper; take that out")
             seconds = duration(path)
         except Stop as stop:
-            return f"{self.table}, line {line}: {stop}"
-        return path, text, tokens, (
-            "without sound" if not seconds else "without text" if not any(map(str.isalnum, self.clean(text))) else
-            f"over {self.window:g} s" if seconds > self.window else
-            f"over {self.context} tokens" if len(tokens) - 1 > self.context else "")
+            looked.append(f"{table}, line {line}: {stop}")
+            continue
+        tokens = [*tokenizer.sot_sequence_including_notimestamps,
+                  *tokenizer.encoding.encode_ordinary(" " + text), tokenizer.eot]
+        reasons = {"without sound": not seconds, "without text": not any(map(str.isalnum, clean(text))),
+                   f"over {window:g} s": seconds > window, f"over {context} tokens": len(tokens) > context + 1}
+        looked.append((path, text, tokens, next((why for why, true in reasons.items() if true), "")))
+    return looked
 
 
 class Clips(Dataset):
@@ -659,18 +648,18 @@ class Clips(Dataset):
 
     def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, workers: int = 0):
         self.n_start, self.n_mels = len(tokenizer.sot_sequence_including_notimestamps), model.dims.n_mels
-        self.n_frames, rows = 2 * model.dims.n_audio_ctx, Rows(folder / f"{split}.tsv", model, tokenizer, limit)
+        self.n_frames, self.workers, self.mels = 2 * model.dims.n_audio_ctx, workers, {}
+        table, window, context = folder / f"{split}.tsv", model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
+        rows = read_table(table, limit)
+        look = partial(looked_at, table, tokenizer, window, context)
         few = 0 if len(rows) < 2000 else workers                       # a process takes as long to start
-        looked = [row for some in DataLoader(rows, 500, num_workers=few, collate_fn=list, worker_init_fn=ignore_ctrl_c)
-                  for row in some]
+        looked = [*chain(*DataLoader(rows, 500, num_workers=few, collate_fn=look, worker_init_fn=ignore_ctrl_c))]
         faults = [row for row in looked if isinstance(row, str)]
         need(not faults, "".join(faults[:1]) + f" ({len(faults):,} of {len(rows):,} rows have a fault)")
         kept, why = [row[:3] for row in looked if not row[3]], Counter(row[3] for row in looked if row[3])
-        need(kept, f"no clip of {rows.table} has words and fits the model's {rows.window:g} s, {rows.context} tokens; "
-             "take another")
+        need(kept, f"no clip of {table} has words and fits the model's {window:g} s, {context} tokens; take another")
         self.paths, self.sentences, self.tokens = map(list, zip(*kept))
         self.left_out = "left out: " + ", ".join(f"{n} {reason}" for reason, n in why.items()) if why else ""
-        self.mels: dict[int, torch.Tensor] | None = None if workers else {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -681,13 +670,13 @@ class Clips(Dataset):
 
     def mel(self, i: int) -> torch.Tensor:
         """Log-mel spectrogram (n_mels, n_frames), silence to the end; made once if kept, in half precision."""
-        if self.mels is None or i not in self.mels:
+        mel = self.mels.get(i)
+        if mel is None:
             audio = whisper.pad_or_trim(read_audio(self.paths[i]), self.n_frames * HOP_LENGTH)
             mel = whisper.log_mel_spectrogram(audio, self.n_mels).half()
-            if self.mels is None:
-                return mel.float()
+        if not self.workers:
             self.mels[i] = mel
-        return self.mels[i].float()
+        return mel.float()
 
     def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[int]]:
         """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in any process, now or resumed."""
