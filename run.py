@@ -763,8 +763,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
     out, record = Path(s.out), Path(s.out) / "settings.json"
     ours = asdict(s) | {"processes": WORLD, "weights": sum(p.double().sum().item() for p in model.parameters())}
     if s.resume:
-        need((out / "state").is_dir() and record.is_file(),
-             f"--resume: {out} holds no interrupted run; name its --out, or leave --resume out")
+        need((out / "state").is_dir() and record.is_file(), f"--resume: no interrupted run in {out}; name its --out")
         same = ours.keys() - {"resume", "overwrite", "workers", "transcribe", "plot"}
         if not (out / "state/tspar-recover.pt").exists():
             same -= {"z1", "z2", "target", "importance"}         # nothing has been pruned yet
@@ -875,22 +874,17 @@ def check(s: Settings) -> None:
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
         need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, so is refused
              f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
-    need(s.language in LANGUAGES,
-         f"--language {s.language} is no code that Whisper knows; it is one of {', '.join(sorted(LANGUAGES))}")
-    need(not s.data_dir or s.data == "cv11_hi",
-         f"--data-dir is for --data cv11_hi; for another folder give --data {s.data_dir}")
-    need(not s.plot or importlib.util.find_spec("matplotlib"),
-         "--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
-    need(not (s.resume and s.overwrite),
-         "--resume goes on with what is in --out, --overwrite deletes it; give one of them")
+    need(s.language in LANGUAGES, f"--language {s.language} is none of Whisper's: {', '.join(sorted(LANGUAGES))}")
+    need(not s.data_dir or s.data == "cv11_hi", f"--data-dir is for cv11_hi; for others give --data {s.data_dir}")
+    need(not s.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+    need(not (s.resume and s.overwrite), "--resume goes on with what --overwrite deletes; give one of them")
 
 
 def completed(s: Settings, model: Whisper) -> Settings:
     """Settings with the defaults that depend on the model (RECIPES) and on the machine."""
     given = {name: value for name, value in asdict(s).items() if value is not None}
     known = OTHERS | RECIPES.get(model.dims.n_audio_state, {}) | given
-    need(known["steps"] or known["importance"] == "norm",
-         "--importance curvature comes from the gradients of the first phase; give --steps above 0, or norm")
+    need(known["steps"] or known["importance"] == "norm", "--importance curvature needs --steps above 0; or give norm")
     cpu = Path("/proc/cpuinfo")                  # of a processor that multiplies bf16 faster than float32:
     fast = "cuda" in s.device or cpu.is_file() and {"avx512_bf16", "amx_bf16"} & {*cpu.read_text().split()}
     rest = {"recovery_steps": known["steps"], "recovery_lr": known["lr"], "workers": min(8, os.cpu_count()),
@@ -925,21 +919,18 @@ def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
 def load_model(s: Settings) -> Whisper:
     """nano, a checkpoint file, or one of OpenAI's models by name (whisper.load_model fetches it once)."""
     path, names = EMBEDDED.get(s.model, Path(s.model)), whisper.available_models()
-    need(path.is_file() or s.model in names,
-         f"--model {s.model} is neither nano, nor a file, nor one of {', '.join(names)}")
+    need(path.is_file() or s.model in names, f"--model {s.model} is no file, nor one of nano, {', '.join(names)}")
     if path.is_file():
         with blame("--model", OSError, ValueError):
             model = prune.load(path, s.device)
     else:                                        # urllib's URLError is an OSError; RuntimeError: a broken download
-        with blame(f"the weights of {s.model} could not be fetched; download {whisper._MODELS[s.model]} into "
-                   f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/whisper/, or give its path as --model",
+        with blame(f"{s.model} could not be fetched; download {whisper._MODELS[s.model]} and give its path as --model",
                    OSError, RuntimeError):
             model = whisper.load_model(s.model, s.device)
     if s.window is not None:
         with blame("--window"):
             prune.window_(model, s.window)
-    need(s.language == "en" or model.is_multilingual,
-         f"--model {s.model} knows English alone and --language is {s.language}; take the model without .en")
+    need(s.language == "en" or model.is_multilingual, f"--model {s.model} knows English alone; take one without .en")
     need(s.language in [*LANGUAGES][:model.num_languages], f"--model {s.model} knows {model.num_languages} languages, "
          f"not --language {s.language}; take large-v3 or turbo, which know {len(LANGUAGES)}, or one made from them")
     return model.eval()
