@@ -515,11 +515,9 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
 
 def draw(plan: prune.Plan, file) -> None:
     """n_j of every group, encoder beside decoder, on a scale of powers of ten, with the threshold of pass 1."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for side, axis in zip(("encoder", "decoder"), axes):
+    from matplotlib.figure import Figure         # without pyplot: no window, no global state
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for side, axis in zip(("encoder", "decoder"), figure.subplots(1, 2)):
         names = [name for name in plan.norms if name.startswith(side)]
         n, cut = torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
         positive = n[n > 0]
