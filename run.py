@@ -23,7 +23,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -367,7 +366,7 @@ def report(models: dict, plan: prune.Plan, rows: list[dict], texts: dict, second
     say(s, f"\n{table(rows)}\n\n{diagnosis(rows, plan)}\n\nFirst clips: the sentence in the data, what tspar hears")
     for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
         say(s, f"data      {said[:70]}\ntspar     {text[:70]}")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "whisper": whisper.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "whisper": whisper.__version__}
     everything = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
                   "plan": str(plan).split("\n"), "transcripts": texts}
     write(out / "report.json", lambda file: file.write(json.dumps(everything, ensure_ascii=False, indent=1).encode()))
@@ -902,8 +901,7 @@ def data_folder(s: Settings) -> Path:
 def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
     """One split of the data, for this model. left_out says too what spoils a figure: what comes twice, or in train."""
     folder, known = data_folder(s), lambda mine, other: sum(one in other for one in mine)
-    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language,
-                              task="transcribe")
+    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language)
     clips = Clips(folder, split, model, tokenizer, s.limit, s.workers)
     said = {"named twice": len(clips) - len({*clips.paths})}
     if split != "train" and (folder / "train.tsv").is_file():
