@@ -118,8 +118,7 @@ def run(s: Settings) -> None:
 
 
 def shortened(model: Whisper, train: Clips, s: Settings) -> Whisper:
-    """--vocabulary data: the embedding keeps the tokens of train's sentences, as the decoder writes them. All models
-    alike, before the first phase, so that the comparison stays fair."""
+    """--vocabulary data: the embedding keeps the tokens of train's sentences, in all models, so that they compare."""
     if s.vocabulary == "data":
         encode = get_tokenizer(model.is_multilingual, num_languages=model.num_languages).encode
         prune.vocabulary_(model, {id for text in train.sentences for t in (text, " " + text) for id in encode(t)})
@@ -182,11 +181,10 @@ def recovery(s: Settings) -> Settings:
 
 @dataclass
 class Phase:
-    """How far a phase has come. `curvature`, once it is finished: parameter name -> mean squared gradient, which Adam
-    has kept as its second moment (here bias-corrected) anyway."""
+    """How far a phase has come."""
     step: int = 0
     losses: list[float] = field(default_factory=list)          # of the last 20 steps, nats a token without penalty
-    curvature: dict[str, torch.Tensor] = field(default_factory=dict)
+    curvature: dict[str, torch.Tensor] = field(default_factory=dict)         # mean squared gradients, once finished
 
     @property
     def loss(self) -> float:
@@ -195,10 +193,8 @@ class Phase:
 
 def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> Phase:
     """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero.
-
     Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero
-    over the first half: groups that turn out useful have moved before it presses on all.
-    """
+    over the first half: groups that turn out useful have moved before it presses on all."""
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
     optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
     path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
@@ -249,7 +245,7 @@ def taken_up(path: Path, model: Whisper, optimizer: torch.optim.Optimizer, s: Se
 
 
 def keep_phase(path: Path, phase: Phase, model: Whisper, optimizer: torch.optim.Optimizer, s: Settings) -> None:
-    """To OUT/state. A finished phase trades Adam's moments for the curvature."""
+    """To OUT/state. A finished phase trades Adam's moments for the curvature, its second moment (bias-corrected)."""
     moments = optimizer.state_dict()
     if phase.step == s.steps:
         beta = optimizer.param_groups[0]["betas"][1]
@@ -273,7 +269,6 @@ def interrupts():
 
 def steps_of(train: Clips, s: Settings, first: int) -> tuple:
     """This process's batches from step `first` on, and the number of predicted tokens in every step of all processes.
-
     Place p of the endless shuffled sequence holds clip order[p], augmented by p; `places` deals the places out."""
     shape = (s.steps, s.accumulate, WORLD, s.batch)
     epochs = range(math.prod(shape) // len(train) + 1)
@@ -285,8 +280,7 @@ def steps_of(train: Clips, s: Settings, first: int) -> tuple:
 
 
 def backward(net: torch.nn.Module, optimizer, loader, n_targets: int, s: Settings) -> float:
-    """The gradient of one step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats a
-    token."""
+    """The gradient of a step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats."""
     net.train()
     optimizer.zero_grad()
     loss = 0.0
@@ -439,10 +433,8 @@ def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
 
 
 def interval(errors: list[int], words: list[int], seed: int) -> list[float]:
-    """95% bootstrap interval of 100 * sum(errors) / sum(words): the clips are drawn anew 1,000 times.
-
-    With the differences between two models' errors on the same clips it is the interval of the difference of their
-    WERs, narrower than the two it is made from."""
+    """95% bootstrap interval of 100 * sum(errors) / sum(words): the clips are drawn anew 1,000 times. With differences
+    between two models' errors on the same clips it is that of the difference of their WERs, narrower than theirs."""
     drawn = np.random.default_rng(seed).integers(len(words), size=(1000, len(words)))
     return np.percentile(100 * np.array(errors)[drawn].sum(1) / np.array(words)[drawn].sum(1), [2.5, 97.5]).tolist()
 
@@ -561,14 +553,10 @@ def duration(path: Path) -> float:
 
 
 def read_audio(path: Path) -> np.ndarray:
-    """Mono float32 samples at 16 kHz from whatever libsndfile reads: mp3, ogg, flac, wav. Stops if some are missing.
-
-    Another rate is converted in the frequency domain: the spectrum below the lower of the two Nyquist frequencies
-    goes back at the new length, which is exact for all that both rates can carry, where a clip begins and ends
-    quietly. 40 tones below 7 kHz, faded in and out, from 32, 44.1 and 48 kHz: error at most -215 dB of the exact
-    samples (soxr 1.1 at its best quality -74 dB, scipy 1.17's resample_poly -46 dB).
-    """
-    with opened(Path(path)) as file:
+    """Mono float32 samples at 16 kHz. Stops if some are missing. Another rate is converted in the frequency domain:
+    the spectrum below both Nyquist frequencies goes back at the new length, exact where a clip begins and ends
+    quietly (40 tones below 7 kHz: error at most -215 dB; soxr at its best -74 dB, scipy's resample_poly -46 dB)."""
+    with opened(path) as file:
         samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate
         # Damaged parts of an Ogg or MP3 are left out in silence; an MP3 without Xing header is read as far as its
         # first frame lets expect. A tenth of a second: a frame or two that an encoder promised in vain.
@@ -638,10 +626,8 @@ def looked_at(table: Path, tokenizer, window: float, context: int, rows: list) -
 
 class Clips(Dataset):
     """One split of a Common Voice folder, made ready for one model: item i is (log-mel spectrogram, tokens).
-
     What says nothing, and what the model's window or text context cannot hold, is left out; `left_out` says how much.
-    What is wrong shows now, not after an hour. `workers` processes read the audio; without any it stays in memory.
-    """
+    What is wrong shows now, not after an hour. `workers` processes read the audio; without any it stays in memory."""
 
     def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, workers: int = 0):
         self.n_start, self.n_mels = len(tokenizer.sot_sequence_including_notimestamps), model.dims.n_mels
