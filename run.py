@@ -30,9 +30,8 @@ import sys
 import textwrap
 import time
 import unicodedata
-import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -45,7 +44,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import whisper
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE
@@ -83,7 +81,6 @@ def run(s: Settings) -> None:
         decide(model, s)                         # whether so much can go at all, before hours of training
     if RANK == 0:
         start_folder(s, model)
-    summed(0, s)                                 # the others wait; if process 0 stops here, torchrun stops them all
     if not s.resume:
         announce(model, clips, s)
 
@@ -199,16 +196,14 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
     optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
     path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
     phase = taken_up(path, model, optimizer, s)
-    first, net, warm_up = phase.step, Objective(model), max(1, min(50, s.steps // 5))
-    if WORLD > 1:
-        net = DistributedDataParallel(net, broadcast_buffers=False, init_sync=False)
+    first, warm_up = phase.step, max(1, min(50, s.steps // 5))
     loader, n_targets = steps_of(train, s, first)
     bar = tqdm(initial=first, total=s.steps, desc=title, leave=False, ncols=80, disable=RANK > 0 or None)
     with interrupts() as asked, bar:
         for step in range(first, s.steps):
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
-            loss = backward(net, optimizer, loader, n_targets[step], s)
+            loss = backward(model, optimizer, loader, n_targets[step], s)
             if penalty:
                 penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
             if penalty and s.penalty == "loss":
@@ -279,54 +274,40 @@ def steps_of(train: Clips, s: Settings, first: int) -> tuple:
     return loader, [sum(train.n_targets(i) for i in order[step].flat) for step in places]
 
 
-def backward(net: torch.nn.Module, optimizer, loader, n_targets: int, s: Settings) -> float:
+def backward(model: Whisper, optimizer, loader, n_targets: int, s: Settings) -> float:
     """The gradient of a step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats."""
-    net.train()
+    model.train()
     optimizer.zero_grad()
-    loss = 0.0
-    for i in range(s.accumulate):
+    loss = torch.zeros((), dtype=torch.float64, device=s.device)
+    for _ in range(s.accumulate):
         batch = [x.to(s.device, non_blocking=True) for x in next(loader)]
-        with net.no_sync() if WORLD > 1 and i < s.accumulate - 1 else nullcontext():
-            with autocast(s):
-                part = net(*batch) / n_targets
-            (part * WORLD).backward()            # DistributedDataParallel takes the mean of WORLD gradients
-        loss += part.item()
-    loss = summed(loss, s)
-    if not math.isfinite(loss):
-        raise Stop(f"the loss is {loss}; lower --lr, now {s.lr:g}, or the strengths, and start again", 1)
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    return loss
+        with autocast(s):
+            part = objective(model, *batch) / n_targets
+        part.backward()
+        loss += part.detach()
+    for x in (loss, *(p.grad for p in model.parameters())) if WORLD > 1 else ():
+        dist.all_reduce(x)                       # the sum over all processes
+    if not loss.isfinite():
+        raise Stop(f"the loss is {loss:g}; lower --lr, now {s.lr:g}, or the strengths, and start again", 1)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return loss.item()
 
 
-class Objective(torch.nn.Module):
-    """Cross-entropy in nats, summed over the targets: a module, as DistributedDataParallel wants."""
-
-    def __init__(self, model: Whisper):
-        super().__init__()
-        self.model = model
-
-    def forward(self, mels: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """mels (B, n_mels, n_frames); inputs and targets (B, T), ids of the full vocabulary, targets -100 to skip."""
-        decoder, audio = self.model.decoder, self.model.encoder(mels)
-        if not isinstance(decoder, prune.KeptDecoder):
-            logits = decoder(inputs, audio)
-        else:                                    # rows that are gone have the probability 0, so no part in the sum
-            logits = decoder.kept_logits(inputs, audio)
-            targets = torch.where(targets < 0, targets, decoder.row_of[targets])
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+def objective(model: Whisper, mels: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the targets. mels (B, n_mels, n_frames); inputs and targets (B, T), ids of
+    the full vocabulary, targets -100 to skip."""
+    decoder, audio = model.decoder, model.encoder(mels)
+    if not isinstance(decoder, prune.KeptDecoder):
+        logits = decoder(inputs, audio)
+    else:                                        # rows that are gone have the probability 0, so no part in the sum
+        logits = decoder.kept_logits(inputs, audio)
+        targets = torch.where(targets < 0, targets, decoder.row_of[targets])
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def autocast(s: Settings) -> torch.autocast:
     """Activations in --precision."""
     return torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16")
-
-
-def summed(x: float, s: Settings) -> float:
-    """The sum over all processes."""
-    total = torch.tensor(x, dtype=torch.float64, device=s.device)
-    if WORLD > 1:
-        dist.all_reduce(total)
-    return total.item()
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -926,11 +907,11 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     if rows < of:
         say(s, f"vocabulary: {rows:,} of {of:,} tokens stay, {(of - rows) * size / 1e6:.1f} M parameters less")
     trial, train, test, took = copy.deepcopy(model), clips["train"], clips[s.split], []
-    net, optimizer = Objective(trial), torch.optim.AdamW(trial.parameters(), 0.0)
+    optimizer = torch.optim.AdamW(trial.parameters(), 0.0)
     loader, n_targets = steps_of(train, replace(s, steps=3), 0)
     for n in n_targets:
         started = time.time()
-        backward(net, optimizer, loader, n, s)
+        backward(trial, optimizer, loader, n, s)
         optimizer.step()
         took.append(time.time() - started)
     length, few, started = round(np.mean(n_targets) / s.batch / s.accumulate / WORLD), min(8, len(test)), time.time()
@@ -951,7 +932,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s = settings(argv)
         if WORLD > 1:
-            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)      # its successor is new in 2.13
             torch.cuda.set_device(s.device) if s.device != "cpu" else None
             dist.init_process_group("nccl" if s.device != "cpu" else "gloo")
         run(s)

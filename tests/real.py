@@ -171,12 +171,11 @@ def penalties(folder: Path) -> None:
 @torch.no_grad()
 def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> float:
     """Nats a token, over the clips as they are."""
-    net, keys = run.Objective(model.eval()), [[(i,) for i in range(j, min(j + 8, len(clips)))]
-                                              for j in range(0, len(clips), 8)]
-    total = 0.0
+    keys, total = [[(i,) for i in range(j, min(j + 8, len(clips)))] for j in range(0, len(clips), 8)], 0.0
+    model.eval()
     for batch in run.batches(clips, s, keys):
         with run.autocast(s):
-            total += net(*batch).item()
+            total += run.objective(model, *batch).item()
     return total / sum(map(clips.n_targets, range(len(clips))))
 
 

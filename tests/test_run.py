@@ -86,7 +86,7 @@ def test_objective_is_the_stock_softmax(cut):
             gone = torch.ones(51865, dtype=torch.bool).index_fill(0, model.decoder.kept_ids, False)
             logits[..., gone] = -torch.inf
         stock = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        assert torch.allclose(run.Objective(model)(mels, inputs, targets), stock, rtol=1e-5)
+        assert torch.allclose(run.objective(model, mels, inputs, targets), stock, rtol=1e-5)
 
 
 def small_run(tmp_path: Path, *flags: str) -> tuple:
