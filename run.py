@@ -819,7 +819,13 @@ def settings(argv: list[str] | None) -> Settings:
         typed |= {"nargs": "+"} if f.type == "list" else {}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **typed)
     s = Settings(**vars(parser.parse_args(argv)))
-    check(s)
+    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
+    for f in fields(s):
+        value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
+        need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, so is refused
+             f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
+    need(s.language in LANGUAGES, f"--language {s.language} is none of Whisper's: {', '.join(sorted(LANGUAGES))}")
+    need(not s.data_dir or s.data == "cv11_hi", f"--data-dir is for cv11_hi; for others give --data {s.data_dir}")
     for path in s.transcribe:
         read_audio(Path(path))
     if not s.transcribe:
@@ -829,17 +835,6 @@ def settings(argv: list[str] | None) -> Settings:
     with blame(f"--device {device} cannot be used; take cpu, or a machine with cuda", RuntimeError, AssertionError):
         torch.zeros(1, device=device)
     return replace(s, device=device, out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
-
-
-def check(s: Settings) -> None:
-    """Refuse what has no meaning, flag by flag and flag against flag."""
-    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
-    for f in fields(s):
-        value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
-        need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, so is refused
-             f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
-    need(s.language in LANGUAGES, f"--language {s.language} is none of Whisper's: {', '.join(sorted(LANGUAGES))}")
-    need(not s.data_dir or s.data == "cv11_hi", f"--data-dir is for cv11_hi; for others give --data {s.data_dir}")
     need(not s.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
     need(not (s.resume and s.overwrite), "--resume goes on with what --overwrite deletes; give one of them")
 
