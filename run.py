@@ -352,9 +352,18 @@ def report(models: dict, plan: prune.Plan, rows: list[dict], texts: dict, second
 
 
 def look(model: Whisper, s: Settings) -> None:
-    """Train nothing: --transcribe files, or --evaluate the model as it is."""
+    """Train nothing: --transcribe files of any length, by whisper's long-form transcription or, where the window is
+    not its 30 s, window by window; or --evaluate the model as it is."""
+    window = 2 * model.dims.n_audio_ctx * HOP_LENGTH
     for path in s.transcribe:
-        print(f"{path}\t{heard(model, path, s)}", flush=True)
+        audio = read_audio(Path(path))
+        if window == whisper.audio.N_SAMPLES:
+            text = model.transcribe(audio, language=s.language, fp16=s.device != "cpu")["text"].strip()
+        else:
+            parts = [whisper.pad_or_trim(audio[i: i + window], window) for i in range(0, len(audio), window)]
+            mels = [whisper.log_mel_spectrogram(part, model.dims.n_mels).to(s.device) for part in parts]
+            text = " ".join(decode(model, mel[None], s)[0] for mel in mels)
+        print(f"{path}\t{text}", flush=True)
     if s.evaluate:
         rows, _ = compare({Path(s.model).stem[:8]: model}, load_clips(model, s.split, s), s)
         print(table(rows))
@@ -387,16 +396,6 @@ def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
     for mels, _, _ in tqdm(loader, "transcribe", leave=False, ncols=80, disable=None):
         texts += decode(model, mels.to(s.device), s)
     return texts
-
-
-def heard(model: Whisper, path: str, s: Settings) -> str:
-    """The text of a file of any length: by whisper's long-form transcription, or in windows if those are not 30 s."""
-    audio, window = read_audio(Path(path)), 2 * model.dims.n_audio_ctx * HOP_LENGTH
-    if window == whisper.audio.N_SAMPLES:
-        return model.transcribe(audio, language=s.language, fp16=s.device != "cpu")["text"].strip()
-    mels = [whisper.log_mel_spectrogram(whisper.pad_or_trim(audio[i: i + window], window), model.dims.n_mels)
-            for i in range(0, max(1, len(audio)), window)]
-    return " ".join(text for mel in mels for text in decode(model, mel[None].to(s.device), s))
 
 
 def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
