@@ -86,12 +86,12 @@ def run(s: Settings) -> None:
 
     clock, dense = [time.time()], copy.deepcopy(model)
     first = fine_tune(dense, train, s, "dense: fine-tune")
-    after_first = copy.deepcopy(dense)
+    imp = copy.deepcopy(dense)                   # as the first phase has left it
     loss = {"dense": fine_tune(dense, train, recovery(s), "dense: go on").loss}
     clock.append(time.time())
 
     if s.penalty == "none":                      # then tspar's first phase is dense's
-        pruned = copy.deepcopy(after_first)
+        pruned = copy.deepcopy(imp)
     else:
         pruned = model
         penalty = SparseGroupLasso(groups_of(pruned, s), s.l1, s.l1, s.l2, s.l2, relative=True)
@@ -100,7 +100,6 @@ def run(s: Settings) -> None:
     loss["tspar"] = fine_tune(pruned, train, recovery(s), "tspar: recover").loss
     clock.append(time.time())
 
-    imp = after_first
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
     iterative_magnitude(imp, train, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
     clock.append(time.time())
@@ -825,6 +824,8 @@ def settings(argv: list[str] | None) -> Settings:
              f"--{f.name.replace('_', '-')} is {value}; it must be at least {low} and below {high}")
     need(s.language in LANGUAGES, f"--language {s.language} is none of Whisper's: {', '.join(sorted(LANGUAGES))}")
     need(not s.data_dir or s.data == "cv11_hi", f"--data-dir is for cv11_hi; for others give --data {s.data_dir}")
+    need(not s.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+    need(not (s.resume and s.overwrite), "--resume goes on with what --overwrite deletes; give one of them")
     for path in s.transcribe:
         read_audio(Path(path))
     if not s.transcribe:
@@ -834,8 +835,6 @@ def settings(argv: list[str] | None) -> Settings:
     with blame(f"--device {device} cannot be used; take cpu, or a machine with cuda", RuntimeError, AssertionError):
         torch.zeros(1, device=device)
     return replace(s, device=device, out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
-    need(not s.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
-    need(not (s.resume and s.overwrite), "--resume goes on with what --overwrite deletes; give one of them")
 
 
 def completed(s: Settings, model: Whisper) -> Settings:
