@@ -132,9 +132,8 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
         keys = [[(i,) for i in some[j: j + 8]] for j in range(0, len(some), 8)]      # not --batch: N processes agree
 
         def calibrate() -> None:
-            for mel, text, _ in batches(train, s, keys):
-                with autocast(s):
-                    model.decoder(text.to(s.device), model.encoder(mel.to(s.device)))
+            for batch in batches(train, s, keys):
+                objective(model, batch, s)
         for share in ROUNDS:
             groups_only = decide(model, replace(s, target=share * gone / of, z2=None), curvature)
             prune.refit_(model, groups_only, prune.second_moments(model, calibrate))
@@ -279,9 +278,7 @@ def backward(model: Whisper, optimizer, loader, n_targets: int, s: Settings) -> 
     optimizer.zero_grad()
     loss = torch.zeros((), dtype=torch.float64, device=s.device)
     for _ in range(s.accumulate):
-        batch = [x.to(s.device, non_blocking=True) for x in next(loader)]
-        with autocast(s):
-            part = objective(model, *batch) / n_targets
+        part = objective(model, next(loader), s) / n_targets
         part.backward()
         loss += part.detach()
     for x in (loss, *(p.grad for p in model.parameters())) if WORLD > 1 else ():
@@ -292,21 +289,17 @@ def backward(model: Whisper, optimizer, loader, n_targets: int, s: Settings) -> 
     return loss.item()
 
 
-def objective(model: Whisper, mels: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the targets. mels (B, n_mels, n_frames); inputs and targets (B, T), ids of
-    the full vocabulary, targets -100 to skip."""
-    decoder, audio = model.decoder, model.encoder(mels)
-    if not isinstance(decoder, prune.KeptDecoder):
-        logits = decoder(inputs, audio)
-    else:                                        # rows that are gone have the probability 0, so no part in the sum
-        logits = decoder.kept_logits(inputs, audio)
-        targets = torch.where(targets < 0, targets, decoder.row_of[targets])
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-def autocast(s: Settings) -> torch.autocast:
-    """Activations in --precision."""
-    return torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16")
+def objective(model: Whisper, batch: list[torch.Tensor], s: Settings) -> torch.Tensor:
+    """Cross-entropy of a batch (Clips.collate) in nats, summed over the targets, activations in --precision."""
+    mels, inputs, targets = [x.to(s.device, non_blocking=True) for x in batch]
+    with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
+        decoder, audio = model.decoder, model.encoder(mels)
+        if not isinstance(decoder, prune.KeptDecoder):
+            logits = decoder(inputs, audio)
+        else:                                    # rows that are gone have the probability 0, so no part in the sum
+            logits = decoder.kept_logits(inputs, audio)
+            targets = torch.where(targets < 0, targets, decoder.row_of[targets])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

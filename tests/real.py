@@ -174,8 +174,7 @@ def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> 
     keys, total = [[(i,) for i in range(j, min(j + 8, len(clips)))] for j in range(0, len(clips), 8)], 0.0
     model.eval()
     for batch in run.batches(clips, s, keys):
-        with run.autocast(s):
-            total += run.objective(model, *batch).item()
+        total += run.objective(model, batch, s).item()
     return total / sum(map(clips.n_targets, range(len(clips))))
 
 

@@ -76,17 +76,17 @@ def test_batch_predicts_the_text_and_its_end(nano):
 def test_objective_is_the_stock_softmax(cut):
     """Cross-entropy of stock logits, -inf where --vocabulary data has cut a row: 51,865 wide, summed over the targets."""
     model = prune.load(NANO)
-    clips = run.Clips(MINI, "dev", model, TOKENIZER, limit=4)
+    clips, s = run.Clips(MINI, "dev", model, TOKENIZER, limit=4), run.Settings(vocabulary="data", device="cpu")
     mels, inputs, targets = clips.collate([clips[i,] for i in range(4)])
     with torch.no_grad():
         logits = model(mels, inputs)
         if cut:
-            run.shortened(model, clips, run.Settings(vocabulary="data"))
+            run.shortened(model, clips, s)
             assert len(model.decoder.token_embedding.weight) < 2000
             gone = torch.ones(51865, dtype=torch.bool).index_fill(0, model.decoder.kept_ids, False)
             logits[..., gone] = -torch.inf
         stock = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        assert torch.allclose(run.objective(model, mels, inputs, targets), stock, rtol=1e-5)
+        assert torch.allclose(run.objective(model, (mels, inputs, targets), s), stock, rtol=1e-5)
 
 
 def small_run(tmp_path: Path, *flags: str) -> tuple:
