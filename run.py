@@ -129,10 +129,8 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
     if s.importance == "curvature":
         some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
         some.sort(key=train.n_targets)           # alike in length, so that hardly a position is padding
-        keys = [[(i,) for i in some[j: j + 8]] for j in range(0, len(some), 8)]      # not --batch: N processes agree
-
         def calibrate() -> None:
-            for batch in batches(train, s, keys):
+            for batch in batches(train, s, [(i,) for i in some], 8):   # not --batch: N processes agree
                 objective(model, batch, s)
         for share in ROUNDS:
             groups_only = decide(model, replace(s, target=share * gone / of, z2=None), curvature)
@@ -267,9 +265,9 @@ def steps_of(train: Clips, s: Settings, first: int) -> tuple:
     epochs = range(math.prod(shape) // len(train) + 1)
     order = np.concatenate([np.random.default_rng([s.seed, e]).permutation(len(train)) for e in epochs])
     places = np.arange(math.prod(shape)).reshape(shape)
-    mine = places[first:, :, RANK].reshape(-1, s.batch)
-    loader = iter(batches(train, s, [[(int(order[p]), s.seed, int(p)) for p in row] for row in mine]))
-    return loader, [sum(train.n_targets(i) for i in order[step].flat) for step in places]
+    mine = [(int(order[p]), s.seed, int(p)) for p in places[first:, :, RANK].flat]
+    n_targets = [sum(train.n_targets(i) for i in order[step].flat) for step in places]
+    return iter(batches(train, s, mine, s.batch)), n_targets
 
 
 def backward(model: Whisper, optimizer, loader, n_targets: int, s: Settings) -> float:
@@ -383,11 +381,9 @@ def decode(model: Whisper, mels: torch.Tensor, s: Settings) -> list[str]:
 def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
     """The texts of all clips, 40 at a time."""
     torch.manual_seed(s.seed)
-    keys, texts = [(i,) for i in range(len(clips))], []
-    loader = batches(clips, s, [keys[i: i + 40] for i in range(0, len(keys), 40)])
-    for mels, _, _ in tqdm(loader, "transcribe", leave=False, ncols=80, disable=None):
-        texts += decode(model, mels.to(s.device), s)
-    return texts
+    loader = batches(clips, s, [(i,) for i in range(len(clips))], 40)
+    bar = tqdm(loader, "transcribe", leave=False, ncols=80, disable=None)
+    return [text for mels, _, _ in bar for text in decode(model, mels.to(s.device), s)]
 
 
 def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
@@ -657,9 +653,9 @@ def augment(mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return mel
 
 
-def batches(clips: Clips, s: Settings, keys: list[list[tuple]]) -> DataLoader:
-    """The batches that the keys name, decoded ahead in --workers processes."""
-    return DataLoader(clips, batch_sampler=keys, collate_fn=clips.collate, num_workers=s.workers,
+def batches(clips: Clips, s: Settings, keys: list[tuple], size: int) -> DataLoader:
+    """The clips that the keys name in batches of that size, decoded ahead in --workers processes."""
+    return DataLoader(clips, size, sampler=keys, collate_fn=clips.collate, num_workers=s.workers,
                       pin_memory=s.device != "cpu", worker_init_fn=ignore_ctrl_c)
 
 

@@ -171,11 +171,9 @@ def penalties(folder: Path) -> None:
 @torch.no_grad()
 def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> float:
     """Nats a token, over the clips as they are."""
-    keys, total = [[(i,) for i in range(j, min(j + 8, len(clips)))] for j in range(0, len(clips), 8)], 0.0
-    model.eval()
-    for batch in run.batches(clips, s, keys):
-        total += run.objective(model, batch, s).item()
-    return total / sum(map(clips.n_targets, range(len(clips))))
+    everything = range(len(clips))
+    loader = run.batches(clips, s, [(i,) for i in everything], 8)
+    return sum(run.objective(model.eval(), batch, s).item() for batch in loader) / sum(map(clips.n_targets, everything))
 
 
 def latency(folder: Path) -> None:
