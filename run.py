@@ -529,9 +529,8 @@ def read_audio(path: Path) -> np.ndarray:
         # Damaged parts of an Ogg or MP3 are left out in silence; an MP3 without Xing header is read as far as its
         # first frame lets expect. A tenth of a second: a frame or two that an encoder promised in vain.
         whole = file.format != "MP3" or os.lseek(file.name, 0, os.SEEK_CUR) > 0.9 * os.stat(path).st_size
-        need(whole and len(samples) >= file.frames - rate / 10,
-             f"{path} is damaged, or an MP3 without Xing header: {len(samples) / rate:.2f} s of it can be decoded, "
-             "not the whole; replace it, or write it anew with ffmpeg -i OLD.mp3 -c copy NEW.mp3")
+        need(whole and len(samples) >= file.frames - rate / 10, f"{path} is damaged or an MP3 without Xing header: "
+             f"only {len(samples) / rate:.2f} s can be decoded; replace it, or ffmpeg -i OLD.mp3 -c copy NEW.mp3")
     need(len(samples) and np.isfinite(samples).all(), f"{path} has no samples, or some are no numbers; replace it")
     mono, power = samples.mean(1), np.square(samples).sum(0)
     if np.square(mono).sum() < 0.01 * power.max():                     # channels of opposite phase cancel
@@ -544,8 +543,7 @@ def read_audio(path: Path) -> np.ndarray:
 
 def read_table(table: Path, limit: int = 0) -> list[tuple[int, str, str]]:
     """(line as an editor counts it, path, sentence) of each row. Tabs part the fields; " is a character."""
-    need(os.path.isfile(table) and os.access(table, os.R_OK), f"{table} cannot be read; a folder like Common Voice's "
-         "is needed: train.tsv, dev.tsv, test.tsv, clips/")
+    need(os.path.isfile(table) and os.access(table, os.R_OK), f"{table} cannot be read; it is needed beside clips/")
     text = table.read_text(encoding="utf-8-sig", errors="replace")
     odd = re.search("[\0\ufffd]|\\Z", text).start()
     need(odd == len(text), f"{table}, line {text.count(chr(10), 0, odd) + 1} is no UTF-8; save the table as UTF-8")
@@ -562,8 +560,7 @@ def read_table(table: Path, limit: int = 0) -> list[tuple[int, str, str]]:
 
 def find(clips: Path, name: str, listing: dict[str, str]) -> Path:
     """The file of that name, or one spelled alike: archives and file systems change case and Unicode normalization."""
-    need(name and not os.path.normpath(name).startswith(("..", "/")),
-         f"its path is '{name}'; it must name a file and stay inside {clips}")
+    need(name and not os.path.normpath(name).startswith(("..", "/")), f"its path '{name}' must stay inside {clips}")
     if os.path.exists(clips / name):             # Path.exists raises for a name too long
         return clips / name
     alike = lambda name: unicodedata.normalize("NFC", name.casefold())
@@ -719,8 +716,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
         if not (out / "state/tspar-recover.pt").exists():
             same -= {"z1", "z2", "target", "importance"}         # nothing has been pruned yet
         begun = json.loads(record.read_text(encoding="utf8"))
-        other = [f"{name} {begun.get(name)}, not {ours[name]}" for name in ours
-                 if name in same and begun.get(name) != ours[name]]
+        other = [f"{key} {begun.get(key)}, not {ours[key]}" for key in sorted(same) if begun.get(key) != ours[key]]
         need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
     else:
         need(not out.exists() or out.is_dir() and (s.overwrite or not any(out.iterdir())),
@@ -869,8 +865,7 @@ def load_model(s: Settings) -> Whisper:
         with blame("--model", OSError, ValueError):
             model = prune.load(path, s.device)
     else:                                        # urllib's URLError is an OSError; RuntimeError: a broken download
-        with blame(f"{s.model} could not be fetched; download {whisper._MODELS[s.model]} and give its path as --model",
-                   OSError, RuntimeError):
+        with blame(f"{whisper._MODELS[s.model]} cannot be fetched; give its path as --model", OSError, RuntimeError):
             model = whisper.load_model(s.model, s.device)
     if s.window is not None:
         with blame("--window"):
