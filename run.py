@@ -105,12 +105,7 @@ def run(s: Settings) -> None:
     clock.append(time.time())
 
     if RANK == 0:
-        models = dict(zip(MODELS, (original, dense, pruned, imp)))
-        rows, texts = compare(models, clips[s.split], s)
-        seconds = np.diff([*clock, time.time()]).round(1).tolist()
-        for row in rows:
-            row["loss"] = loss.get(row["name"])
-        report(models, plan, rows, texts, dict(zip(("dense", "tspar", "imp", "measure"), seconds)), s)
+        report(dict(zip(MODELS, (original, dense, pruned, imp))), clips[s.split], plan, loss, clock, s)
 
 
 def shortened(model: Whisper, train: Clips, s: Settings) -> Whisper:
@@ -322,9 +317,11 @@ def figures(model: Whisper, clips: Clips, texts: list[str], s: Settings) -> dict
             "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new)}
 
 
-def report(models: dict, plan: prune.Plan, rows: list[dict], texts: dict, seconds: dict, s: Settings) -> None:
-    """Everything that is known now: on the screen, in report.json, and the checkpoints."""
-    out = Path(s.out)
+def report(models: dict, clips: Clips, plan: prune.Plan, loss: dict, clock: list[float], s: Settings) -> None:
+    """Measure; everything that is known then: on the screen, in report.json, and the checkpoints."""
+    out, (rows, texts) = Path(s.out), compare(models, clips, s)
+    rows = [row | {"loss": loss.get(row["name"])} for row in rows]
+    seconds = np.diff([*clock, time.time()]).round(1).tolist()
     for name in ("dense", "tspar", "imp"):
         prune.save(models[name], out / f"{name}.pt")
     say(s, "\n" + "\n".join(f"{name:<10}{meaning}" for name, meaning in MODELS.items()))
@@ -332,13 +329,14 @@ def report(models: dict, plan: prune.Plan, rows: list[dict], texts: dict, second
     for said, text in list(zip(texts["reference"], texts["tspar"]))[:3]:
         say(s, f"data      {said[:70]}\ntspar     {text[:70]}")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "whisper": whisper.__version__}
-    everything = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions, "seconds": seconds,
+    everything = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions,
+                  "seconds": dict(zip(("dense", "tspar", "imp", "measure"), seconds)),
                   "plan": str(plan).split("\n"), "transcripts": texts}
     write(out / "report.json", lambda file: file.write(json.dumps(everything, ensure_ascii=False, indent=1).encode()))
     if s.plot:
         write(out / "plot.png", lambda file: draw(plan, file))
     shutil.rmtree(out / "state")
-    say(s, f"\nin {out}: {', '.join(RESULTS)}   ({sum(seconds.values()):.0f} s)")
+    say(s, f"\nin {out}: {', '.join(RESULTS)}   ({sum(seconds):.0f} s)")
 
 
 def look(model: Whisper, s: Settings) -> None:
