@@ -137,7 +137,8 @@ def units(model: Whisper) -> dict[str, Group]:
 
 
 def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float = -0.25, z2: float | None = -1.0,
-             floor: float = 0.05, multiple: int = 8, curvature: dict[str, Tensor] | None = None) -> Plan:
+             floor: float = 0.05, multiple: int = 8, curvature: dict[str, Tensor] | None = None,
+             share: float | None = None) -> Plan:
     """Decide by (1) and (2) what goes; the model is only read.
 
     groups    name -> [(parameter, axis)]: units(model) if None, else any of these and any columns
@@ -146,33 +147,38 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
     multiple  widths are rounded up to it; 1 only evens the heads
     curvature parameter name -> mean squared gradient, of the parameter's shape, any float dtype: (3) for n_j;
               None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
+    share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`)
 
-    Raises ValueError on a block weight or a setting that is not finite, on a group of another model, and on
-    curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
+    Raises ValueError on a block weight or a setting that is not finite, on a group of another model, on a share out of
+    reach, and on curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
     for key, value in {"z1": z1, "z2": 0.0 if z2 is None else z2, "floor": floor}.items():
         if not math.isfinite(value) or (key == "floor" and value < 0):
             raise ValueError(f"{key} is {value}; give a finite number, and floor at least 0")
-    norms, cuts = _norms(model, units(model) if groups is None else groups, curvature), {}
-    for side in sorted({name.partition(".")[0] if curvature is None else "" for name in norms}):
-        inside = [name for name in norms if name.startswith(side)]
-        pooled = torch.cat([norms[name] for name in inside])
-        mean, std = pooled.mean().item(), pooled.std(correction=0).item()
-        cuts |= dict.fromkeys(inside, max(floor * mean, mean + z1 * std))
-    keep = _even(model, norms, cuts, multiple)
-    settings = {"z1": z1, "z2": z2, "floor": floor, "multiple": multiple}
-    return Plan(settings, _shapes(model), norms, cuts, keep, {} if z2 is None else _pass2(model, keep, z2))
+    norms, shapes = _norms(model, units(model) if groups is None else groups, curvature), _shapes(model)
+
+    def pass1(z1: float) -> Plan:
+        cuts = {}
+        for side in sorted({name.partition(".")[0] if curvature is None else "" for name in norms}):
+            inside = [name for name in norms if name.startswith(side)]
+            pooled = torch.cat([norms[name] for name in inside])
+            mean, std = pooled.mean().item(), pooled.std(correction=0).item()
+            cuts |= dict.fromkeys(inside, max(floor * mean, mean + z1 * std))
+        settings = {"z1": z1, "z2": z2, "floor": floor, "multiple": multiple}
+        return Plan(settings, shapes, norms, cuts, _even(model, norms, cuts, multiple), {})
+
+    plan = pass1(z1) if share is None else target(share, pass1)
+    return plan if z2 is None else replace(plan, pass2=_pass2(model, plan.keep, z2))
 
 
 def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, high: float = 10.0) -> Plan:
-    """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high.
-    target(0.5, lambda z1: two_pass(model, z1=z1)) fixes the size, which two_pass leaves to the weights. Sizes go in
-    steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between
-    what low and high remove."""
+    """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high. Sizes go
+    in steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between what
+    low and high remove."""
     plans, reached = [plan_at(low), plan_at(high)], lambda plan: plan.removed()[0] / plan.removed()[1]
     least, most = map(reached, plans)
     if not least <= share <= most:
         raise ValueError(f"a share of {share} cannot be removed, only {least:.3f} to {most:.3f}; ask for one between")
-    while abs(reached(plans[-1]) - share) >= 0.001 and len(plans) < 22:      # a plan reads all weights: no more
+    while abs(reached(plans[-1]) - share) >= 0.001 and len(plans) < 22:
         middle = (low + high) / 2
         plans.append(plan_at(middle))
         low, high = (middle, high) if reached(plans[-1]) < share else (low, middle)

@@ -146,9 +146,9 @@ def groups_of(model: Whisper, s: Settings) -> dict:
 def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | None = None) -> prune.Plan:
     """Two passes, at --z1 or at the threshold that removes --target."""
     curvature, floor = (curvature, 0.0) if s.importance == "curvature" and curvature else (None, 0.05)
-    at = lambda z1: prune.two_pass(model, groups_of(model, s), z1, s.z2, floor, curvature=curvature)
     with blame("--target" if s.target else "--model"):
-        return prune.target(s.target, at) if s.target else at(s.z1)
+        return prune.two_pass(model, groups_of(model, s), s.z1, s.z2, floor, curvature=curvature,
+                              share=s.target or None)
 
 
 def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float) -> None:
@@ -884,6 +884,7 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     trial, train, test, took = copy.deepcopy(model), clips["train"], clips[s.split], []
     optimizer = torch.optim.AdamW(trial.parameters(), 0.0)
     loader, n_targets = steps_of(train, replace(s, steps=3), 0)
+    loader = iter([*loader])                     # audio is read ahead, or once for all steps: no part of a step's time
     for n in n_targets:
         started = time.time()
         backward(trial, optimizer, loader, n, s)

@@ -725,7 +725,9 @@ def test_target_share():
     """Bisection reaches the share asked for, as near as the steps of evening allow, and says what it reached."""
     model = weaken(make(), lambda name: part(name, 0))
     for share in (0.2, 0.5, 0.7):
-        plan = prune.target(share, lambda z1: prune.two_pass(model, z1=z1, z2=None, multiple=1))
+        plan = prune.two_pass(model, z2=None, multiple=1, share=share)
+        again = prune.two_pass(model, z1=plan.settings["z1"], z2=None, multiple=1)       # at the z1 that it has found
+        assert str(again) == str(plan) and all(torch.equal(again.keep[name], plan.keep[name]) for name in plan.keep)
         gone, of = plan.removed()
         assert gone / of == pytest.approx(share, abs=0.02)
         assert size(prune.remove_(copy.deepcopy(model), plan)) == of - gone
@@ -835,7 +837,7 @@ def test_bad_settings():
             prune.magnitude_(model, fraction)
     for share in (-0.1, 0.9999, math.nan):
         with pytest.raises(ValueError, match=f"share of {share} cannot be removed"):
-            prune.target(share, lambda z1: prune.two_pass(model, z1=z1, z2=None))
+            prune.two_pass(model, share=share)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
