@@ -149,8 +149,8 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
               None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
     share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`)
 
-    Raises ValueError on a block weight or a setting that is not finite, on a group of another model, on a share out of
-    reach, and on curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
+    Raises ValueError on a block weight or a setting that is not finite, on a group of another model, on a share out
+    of reach, and on curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
     for key, value in {"z1": z1, "z2": 0.0 if z2 is None else z2, "floor": floor}.items():
         if not math.isfinite(value) or (key == "floor" and value < 0):
             raise ValueError(f"{key} is {value}; give a finite number, and floor at least 0")
