@@ -172,8 +172,8 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 
 def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, high: float = 10.0) -> Plan:
     """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high. Sizes go
-    in steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between what
-    low and high remove."""
+    in steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between
+    what low and high remove."""
     plans, reached = [plan_at(low), plan_at(high)], lambda plan: plan.removed()[0] / plan.removed()[1]
     least, most = map(reached, plans)
     if not least <= share <= most:
