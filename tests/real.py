@@ -149,8 +149,8 @@ def penalties(folder: Path) -> None:
     path = RESULTS / "penalties.json"
     done = results(path)
     for name, kind, l1, l2, lasso in (
-            ("none", "none", 0, 0, None), ("loss", "loss", 0.5, 0.5, SparseGroupLasso),
-            ("adaptive", "prox", 0, 1, AdaptiveLasso), ("prox", "prox", 0, 2, SparseGroupLasso)):
+            ("none", "none", 0, 0, None), ("adaptive", "prox", 0, 1, AdaptiveLasso),
+            ("loss", "loss", 0.5, 0.5, SparseGroupLasso), ("prox", "prox", 0, 2, SparseGroupLasso)):
         s, original = begin(folder, "so762", "en", 0, f"penalty-{name}", "--penalty", kind)
         train, dev = (run.load_clips(original, split, s) for split in ("train", "dev"))
         model = run.shortened(original, train, s)
