@@ -16,9 +16,10 @@ def between(mark: str) -> str:
     return re.search(f"<!-- {mark} -->(.*)<!-- /{mark} -->", README, re.S)[1].strip()
 
 
-def test_the_table_is_that_of_the_stored_results():
+@pytest.mark.parametrize("mark, made", [("real", real.table), ("rivals", real.rivals), ("penalties", real.penalty_table)])
+def test_tables_are_those_of_the_stored_results(mark, made):
     """Word for word what tests/real.py makes of tests/data/real."""
-    assert between("real") == real.table()
+    assert between(mark) == made()
 
 
 def test_stored_results_hold_no_texts():
