@@ -5,11 +5,11 @@
     python tests/real.py FOLDER hi_kokoro hi 0
     python tests/real.py FOLDER penalties           # what a penalty in the first phase is worth, on so762's dev clips
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
-    python tests/real.py table                      # or rivals, penalty_table: README.md's, from the stored results
+    python tests/real.py table                      # README.md's, from the stored results; rivals, penalty_table: more
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png
 
 First phase and dense model are trained once; each share of ARMS is pruned from that first phase and recovers for as
-many steps as dense goes on, and so does what RIVALS make of that first phase. Results go to
+many steps as dense goes on, and so does what RIVALS (no results yet) make of that first phase. Results go to
 tests/data/real/DATA-SEED.json, a row at a time: settings, counts of errors and words a clip, never texts. Checkpoints
 and texts stay in runs/real/.
 """
@@ -229,7 +229,7 @@ def line(name: str, key: str, row: dict, dense: dict) -> str:
 
 
 def rivals() -> str:
-    """What else one would do with as many steps, in README.md's second table."""
+    """What else one would do with as many steps, beside TSPAR."""
     rows = results(RESULTS / "so762-0.json")
     of = rows["dense"]["block_parameters"]
     lines = ["| so762 | blocks' parameters | encoder | 24 tokens | WER (95%) | minus dense (95%) |",
@@ -244,7 +244,7 @@ def rivals() -> str:
 
 
 def penalty_table() -> str:
-    """What each penalty did, in README.md's third table."""
+    """What each penalty did."""
     lines = ["| penalty in the first phase | empty groups | whole | 35% removed | 50% removed |",
              "|---|---:|---:|---:|---:|"]
     for name, x in results(RESULTS / "penalties.json").items():
