@@ -60,8 +60,10 @@ MODELS = {"original": "the checkpoint as it came; the others start from it",
           "dense": "fine-tuned, nothing removed: what tspar has to match",
           "tspar": "fine-tuned, pruned in two passes, recovered: its matrices are smaller",
           "imp": "as many single weights of dense set to zero, recovered: nothing smaller"}
-ROUNDS, CALIBRATION = (0.4, 0.7, 0.84, 0.92, 0.96, 1.0), 160      # shares of --target; clips that refit_ looks at
-IMP_ROUNDS, SAVE_EVERY = 2, 200             # 1, 5, 10 rounds in as many steps were worse on nano's dev; steps
+ROUNDS = (0.4, 0.7, 0.84, 0.92, 0.96, 1.0)  # shares of --target
+CALIBRATION = 160                           # clips that refit_ looks at
+IMP_ROUNDS = 2                              # 1, 5, 10 rounds in as many steps were worse on nano's dev
+SAVE_EVERY = 120                            # seconds
 RESULTS = ("report.json", "log.txt", "dense.pt", "tspar.pt", "imp.pt")
 ROOT = Path(__file__).resolve().parent
 RANK, WORLD = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))       # torchrun sets them
@@ -84,28 +86,24 @@ def run(s: Settings) -> None:
     if not s.resume:
         announce(model, clips, s)
 
-    clock, dense = [time.time()], copy.deepcopy(model)
-    first = fine_tune(dense, train, s, "dense: fine-tune")
-    imp = copy.deepcopy(dense)                   # as the first phase has left it
-    loss = {"dense": fine_tune(dense, train, recovery(s), "dense: go on").loss}
-    clock.append(time.time())
+    started, tuned = time.time(), copy.deepcopy(model)
+    first_phase = fine_tune(tuned, train, s, "dense: fine-tune")
+    dense, imp = copy.deepcopy(tuned), copy.deepcopy(tuned)
+    fine_tune(dense, train, recovery(s), "dense: go on")
 
-    if s.penalty == "none":                      # then tspar's first phase is dense's
-        pruned = copy.deepcopy(imp)
-    else:
+    pruned = tuned
+    if s.penalty != "none":                      # otherwise tspar's first phase is dense's
         pruned = model
         penalty = SparseGroupLasso(groups_of(pruned, s), s.l1, s.l1, s.l2, s.l2, relative=True)
-        first = fine_tune(pruned, train, s, "tspar: fine-tune", penalty)
-    plan = prune_(pruned, train, s, first.curvature)
-    loss["tspar"] = fine_tune(pruned, train, recovery(s), "tspar: recover").loss
-    clock.append(time.time())
+        first_phase = fine_tune(pruned, train, s, "tspar: fine-tune", penalty)
+    plan = prune_(pruned, train, s, first_phase.curvature)
+    fine_tune(pruned, train, recovery(s), "tspar: recover")
 
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
     iterative_magnitude(imp, train, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
-    clock.append(time.time())
 
     if RANK == 0:
-        report(dict(zip(MODELS, (original, dense, pruned, imp))), clips[s.split], plan, loss, clock, s)
+        report(dict(zip(MODELS, (original, dense, pruned, imp))), clips[s.split], plan, started, s)
 
 
 def shortened(model: Whisper, train: Clips, s: Settings) -> Whisper:
@@ -120,18 +118,19 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
     """Decide in two passes, and remove. With curvature, groups go in rounds: each removes a little more and solves the
     readers of what has gone anew, so that the next one decides on a model that works."""
     plan = decide(model, s, curvature)
-    gone, of = plan.removed()                    # with --target 0 the size is what z1 says
+    gone, of = plan.removed()
     if s.importance == "curvature":
         some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
         some.sort(key=train.n_targets)           # alike in length, so that hardly a position is padding
         def calibrate() -> None:
             for batch in batches(train, s, [(i,) for i in some], 8):   # not --batch: N processes agree
                 objective(model, batch, s)
+        target = gone / of                       # with --target 0 what z1 removes
         for share in ROUNDS:
-            groups_only = decide(model, replace(s, target=share * gone / of, z2=None), curvature)
+            groups_only = decide(model, replace(s, target=share * target, z2=None), curvature)
             prune.refit_(model, groups_only, prune.second_moments(model, calibrate))
             prune.mask_(model, groups_only)
-        plan = decide(model, replace(s, target=gone / of), curvature)       # pass 2 on the weights as they are now
+        plan = decide(model, replace(s, target=target), curvature)          # pass 2 on the weights as they are now
     prune.remove_(model, plan)
     gone, of = plan.removed()
     say(s, f"{'tspar: two passes':<20}{gone:,} of {of:,} parameters in blocks ({gone / of:.1%}) removed")
@@ -144,8 +143,10 @@ def groups_of(model: Whisper, s: Settings) -> dict:
 
 
 def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | None = None) -> prune.Plan:
-    """Two passes, at --z1 or at the threshold that removes --target."""
-    curvature, floor = (curvature, 0.0) if s.importance == "curvature" and curvature else (None, 0.05)
+    """Two passes, at --z1 or at the threshold that removes --target. The floor is for norms: costs span decades, and a
+    twentieth of their mean is not little."""
+    curvature = curvature if s.importance == "curvature" else None
+    floor = 0.0 if curvature else 0.05
     with blame("--target" if s.target else "--model"):
         return prune.two_pass(model, groups_of(model, s), s.z1, s.z2, floor, curvature=curvature,
                               share=s.target or None)
@@ -162,7 +163,7 @@ def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float)
 
 def recovery(s: Settings) -> Settings:
     """The second phase as settings of its own."""
-    return replace(s, steps=s.recovery_steps, lr=s.recovery_lr)
+    return replace(s, steps=s.recovery_steps)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -184,35 +185,33 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
     Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero
     over the first half: groups that turn out useful have moved before it presses on all."""
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
-    optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
     phase = taken_up(path, model, optimizer, s)
-    first, warm_up = phase.step, max(1, min(50, s.steps // 5))
-    loader, n_targets = steps_of(train, s, first)
-    bar = tqdm(initial=first, total=s.steps, desc=title, leave=False, ncols=80, disable=RANK > 0 or None)
-    with interrupts() as asked, bar:
-        for step in range(first, s.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
-            loss = backward(model, optimizer, loader, n_targets[step], s)
-            if penalty:
-                penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
-            if penalty and s.penalty == "loss":
-                penalty.add_gradient_()          # once, after all-reduce and clipping: it depends on neither
-            optimizer.step()
-            if penalty and s.penalty == "prox":
-                penalty.prox_(optimizer)
-            for weight, keep in zeros:
-                weight.data.mul_(keep)
-            phase.step, phase.losses = step + 1, [*phase.losses[-19:], loss]
-            if asked or phase.step == s.steps or phase.step % SAVE_EVERY == 0:
-                keep_phase(path, phase, model, optimizer, s)
-            if asked:
-                raise KeyboardInterrupt
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
+    start, warm_up = phase.step, max(1, min(50, s.steps // 5))
+    loader, n_targets = steps_of(train, s, start)
+    bar = tqdm(range(start, s.steps), title, s.steps, initial=start, leave=False, ncols=80, disable=RANK > 0 or None)
+    saved = time.time()
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
+        loss = backward(model, loader, n_targets[step], s)
+        if penalty:
+            penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
+        if penalty and s.penalty == "loss":
+            penalty.add_gradient_()              # once, after all-reduce and clipping: it depends on neither
+        optimizer.step()
+        if penalty and s.penalty == "prox":
+            penalty.prox_(optimizer)
+        for weight, keep in zeros:
+            weight.data.mul_(keep)
+        phase.step, phase.losses = step + 1, [*phase.losses[-19:], loss]
+        if phase.step == s.steps or time.time() > saved + SAVE_EVERY:
+            keep_phase(path, phase, model, optimizer, s)
+            saved = time.time()
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     model.eval()
-    if first < s.steps or not s.resume:          # a phase that --resume found finished has been reported
+    if start < s.steps or not s.resume:          # a phase that --resume found finished has been reported
         loss = f"loss {phase.loss:.3f} nats a token" if phase.losses else "untouched"
         say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: {loss}, {time.time() - started:.0f} s")
     return phase
@@ -241,18 +240,6 @@ def keep_phase(path: Path, phase: Phase, model: Whisper, optimizer: torch.optim.
     write(path, lambda file: torch.save({"model": model.state_dict(), "optimizer": moments, **vars(phase)}, file))
 
 
-@contextmanager
-def interrupts():
-    """Ctrl-C and SIGTERM only fill the list that this gives: the loop looks at it after each step."""
-    asked = []
-    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def steps_of(train: Clips, s: Settings, first: int) -> tuple:
     """This process's batches from step `first` on, and the number of predicted tokens in every step of all processes.
     Place p of the endless shuffled sequence holds clip order[p], augmented by p; `places` deals the places out."""
@@ -265,10 +252,10 @@ def steps_of(train: Clips, s: Settings, first: int) -> tuple:
     return iter(batches(train, s, mine, s.batch)), n_targets
 
 
-def backward(model: Whisper, optimizer, loader, n_targets: int, s: Settings) -> float:
+def backward(model: Whisper, loader, n_targets: int, s: Settings) -> float:
     """The gradient of a step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats."""
     model.train()
-    optimizer.zero_grad()
+    model.zero_grad()
     loss = torch.zeros((), dtype=torch.float64, device=s.device)
     for _ in range(s.accumulate):
         part = objective(model, next(loader), s) / n_targets
@@ -317,11 +304,9 @@ def figures(model: Whisper, clips: Clips, texts: list[str], s: Settings) -> dict
             "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new)}
 
 
-def report(models: dict, clips: Clips, plan: prune.Plan, loss: dict, clock: list[float], s: Settings) -> None:
+def report(models: dict, clips: Clips, plan: prune.Plan, started: float, s: Settings) -> None:
     """Measure; everything that is known then: on the screen, in report.json, and the checkpoints."""
     out, (rows, texts) = Path(s.out), compare(models, clips, s)
-    rows = [row | {"loss": loss.get(row["name"])} for row in rows]
-    seconds = np.diff([*clock, time.time()]).round(1).tolist()
     for name in ("dense", "tspar", "imp"):
         prune.save(models[name], out / f"{name}.pt")
     say(s, "\n" + "\n".join(f"{name:<10}{meaning}" for name, meaning in MODELS.items()))
@@ -330,13 +315,12 @@ def report(models: dict, clips: Clips, plan: prune.Plan, loss: dict, clock: list
         say(s, f"data      {said[:70]}\ntspar     {text[:70]}")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "whisper": whisper.__version__}
     everything = {"models": rows, "settings": asdict(s), "seed": s.seed, "versions": versions,
-                  "seconds": dict(zip(("dense", "tspar", "imp", "measure"), seconds)),
-                  "plan": str(plan).split("\n"), "transcripts": texts}
+                  "seconds": round(time.time() - started), "plan": str(plan).split("\n"), "transcripts": texts}
     write(out / "report.json", lambda file: file.write(json.dumps(everything, ensure_ascii=False, indent=1).encode()))
     if s.plot:
         write(out / "plot.png", lambda file: draw(plan, file))
     shutil.rmtree(out / "state")
-    say(s, f"\nin {out}: {', '.join(RESULTS)}   ({sum(seconds):.0f} s)")
+    say(s, f"\nin {out}: {', '.join(RESULTS)}   ({time.time() - started:.0f} s)")
 
 
 def look(model: Whisper, s: Settings) -> None:
@@ -464,9 +448,6 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
             f"{tspar['wer'] - dense['wer']:+.1f} points (95% interval {low:+.1f} to {high:+.1f}): ")
     text += ("pruned too far; lower --target, or raise --recovery-steps." if low > 0 else
              "no loss that these clips can show." if high >= 0 else "better.")
-    if low > 0 and tspar["loss"] > 1.5 * dense["loss"]:
-        text += (f" Recovery is not finished: its loss ends at {tspar['loss']:.3f}, dense's at {dense['loss']:.3f}; "
-                 "raise --recovery-steps first, then --recovery-lr.")
     return textwrap.fill(text, 80, break_on_hyphens=False)
 
 
@@ -765,8 +746,7 @@ class Settings:
     recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps)")
     batch: int = flag(None, "clips a step and process")
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
-    lr: float = flag(None, "learning rate of the first phase")
-    recovery_lr: float = flag(None, "learning rate of the second phase (as --lr)")
+    lr: float = flag(None, "highest learning rate of both phases")
     importance: str = flag(None, "pass 1 compares curvature of the loss, or norm (the paper)", "curvature", "norm")
     penalty: str = flag(None, "loss adds its gradient (the paper); prox, a proximal step", "none", "loss", "prox")
     l1: float = flag(0.5, "strength on single weights, in units of the gradient: higher makes them smaller")
@@ -827,7 +807,7 @@ def completed(s: Settings, model: Whisper) -> Settings:
     need(known["steps"] or known["importance"] == "norm", "--importance curvature needs --steps above 0; or give norm")
     cpu = Path("/proc/cpuinfo")                  # of a processor that multiplies bf16 faster than float32:
     fast = "cuda" in s.device or cpu.is_file() and {"avx512_bf16", "amx_bf16"} & {*cpu.read_text().split()}
-    rest = {"recovery_steps": known["steps"], "recovery_lr": known["lr"], "workers": min(8, os.cpu_count()),
+    rest = {"recovery_steps": known["steps"], "workers": min(8, os.cpu_count()),
             "precision": "bf16" if fast else "fp32"}
     return Settings(**rest | known)
 
@@ -875,24 +855,23 @@ def load_model(s: Settings) -> Whisper:
 
 
 def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
-    """What is about to be done and how long it will take, from three steps and one batch of decoding on a copy."""
+    """What is about to be done and how long it will take, from three steps and one batch of decoding."""
     for split, some in clips.items():
         say(s, f"{split:<6}{len(some):>6,} clips   {some.left_out}".rstrip())
     rows, of, size = len(model.decoder.token_embedding.weight), model.dims.n_vocab, model.dims.n_text_state
     if rows < of:
         say(s, f"vocabulary: {rows:,} of {of:,} tokens stay, {(of - rows) * size / 1e6:.1f} M parameters less")
-    trial, train, test, took = copy.deepcopy(model), clips["train"], clips[s.split], []
-    optimizer = torch.optim.AdamW(trial.parameters(), 0.0)
+    train, test, took = clips["train"], clips[s.split], []
     loader, n_targets = steps_of(train, replace(s, steps=3), 0)
     loader = iter([*loader])                     # audio is read ahead, or once for all steps: no part of a step's time
     for n in n_targets:
         started = time.time()
-        backward(trial, optimizer, loader, n, s)
-        optimizer.step()
+        backward(model, loader, n, s)
         took.append(time.time() - started)
+    model.zero_grad()
     length, few, started = round(np.mean(n_targets) / s.batch / s.accumulate / WORLD), min(8, len(test)), time.time()
     mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
-    whisper.decode(trial, mels, replace(decoding(trial, s), sample_len=length))
+    whisper.decode(model.eval(), mels, replace(decoding(model, s), sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
     seconds = steps * min(took) + len(MODELS) * len(test) * (time.time() - started) / few
     memory = flops.training_memory(model, length + train.n_start, s.batch, 2 if s.precision == "bf16" else 4)

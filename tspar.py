@@ -13,9 +13,8 @@ reaches zero. The factor sqrt(size) lets one l2 mean the same for short and for 
 
     dR/dw_i = l1 * s_i + l2 * sqrt(size) * u_i,      s_i = sign(w_i),      u = g_j / ||g_j||            (2)
 
-At the corners s_i may be anything in [-1, 1] and u anything with ||u|| <= 1; `gradient` takes 0. Let
-S(v, t) = sign(v) max(|v| - t, 0). Where the loss has gradient d over a group that is zero, it can stay zero
-if ||S(d, l1)|| <= l2 sqrt(size). The proximal operator, prox(v) = argmin_w ||w - v||^2 / 2 + R(w), is
+At the corners s_i may be anything in [-1, 1] and u anything with ||u|| <= 1; `gradient` takes 0. The
+proximal operator, prox(v) = argmin_w ||w - v||^2 / 2 + R(w), is, with S(v, t) = sign(v) max(|v| - t, 0),
 
     z = S(v, l1),      g_j = max(0, 1 - l2 sqrt(size) / ||z_j||) z_j                                    (3)
 
@@ -28,8 +27,8 @@ step is about lr long whatever the strength, (2) changes sign at zero, and the w
 of it. `prox_` after optimizer.step() lands on zero. Use one or the other, not both.
 
 The proximal step under Adam. Adam moves w to v = w - lr * m / D, with D = sqrt(v_hat) + eps for each entry.
-That is argmin_u m.u + (u - w).D(u - w) / (2 lr): a Newton step with D for the Hessian. Adding R(u) makes it a
-proximal Newton step, and completing the square leaves argmin_u (u - v).D(u - v) / (2 lr) + R(u). The L1 part
+That is argmin_x m.x + (x - w).D(x - w) / (2 lr): a Newton step with D for the Hessian. Adding R(x) makes it a
+proximal Newton step, and completing the square leaves argmin_x (x - v).D(x - v) / (2 lr) + R(x). The L1 part
 alone would be elementwise; with the norm there is no closed form. So each group gets one number for D,
 
     d_j = rms of sqrt(v_hat) over g_j, + eps;    step_j = lr / d_j;    (3) with step_j * l1, step_j * l2  (4)
@@ -49,7 +48,8 @@ Sources: (1) to (3) Simon, Friedman, Hastie, Tibshirani, A Sparse-Group Lasso, J
 (2013). (4) follows Yun, Lozano, Yang, Adaptive Proximal Gradient Methods for Structured Neural Networks
 (ProxGen), NeurIPS 2021, and Huang, Lee, Regularized Adaptive Momentum Dual Averaging (RAMDA), NeurIPS 2024.
 
-Example: |x_0|, one of ten inputs, needs two hidden neurons. (A net without halves: name all groups encoder.*)
+Example: |x_0|, one of ten inputs, needs two hidden neurons. The net has no halves: all groups are encoder.*, and
+the decoder's strengths are 0.
 
     net = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
     neurons = [(net[0].weight, 0), (net[0].bias, 0), (net[2].weight, 1)]

@@ -66,6 +66,7 @@ def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
 
     def timed(*given):
         if len(seconds) == 5:                    # three were for the estimate
+            seconds.append(0)
             os.kill(os.getpid(), signal.SIGINT)
         started = time.perf_counter()
         loss = backward(*given)                  # reads the loss, so waits for a GPU

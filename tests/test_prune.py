@@ -1,4 +1,5 @@
 """prune.py: the decision by hand, `remove_` against `mask_` wherever Whisper runs, files, and bad input."""
+import ast
 import copy
 import math
 import os
@@ -1053,14 +1054,23 @@ def test_names_that_do_not_fit(tmp_path):
 # ------------------------------------------------------------------ copied alone
 
 def test_example_in_an_empty_folder(tmp_path):
-    """prune.py, alone in a folder, runs the five lines that its docstring shows."""
+    """prune.py, alone in a folder, runs the ten lines that its docstring shows: by norms, then in rounds by cost."""
     shutil.copy(prune.__file__, tmp_path)
-    lines = [line[4:] for line in prune.__doc__.splitlines() if line.startswith("    ")][:5]
-    assert lines[0] == "import prune, whisper" and lines[4].startswith("prune.save")
+    lines = [line[4:] for line in prune.__doc__.splitlines() if line.startswith("    ")][:10]
+    assert lines[0] == "import prune, whisper" and lines[4].startswith("prune.save") and lines[9].startswith("prune.rem")
     model = weaken(make(), 0.5)
     torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, tmp_path / "tiny.pt")
-    code = "\n".join(lines).replace('"tiny"', '"tiny.pt"') + "\nprint(plan); prune.load('pruned.pt')\n"
+    given = """import torch
+print(plan)
+model = prune.load("tiny.pt")
+h = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+mels, ids = torch.randn(2, 80, 2 * model.dims.n_audio_ctx), torch.arange(16).view(2, 8)
+"""
+    code = "\n".join([*lines[:5], given, *lines[5:], "print(plan.removed()); prune.load('pruned.pt')"])
+    code = code.replace('"tiny"', '"tiny.pt"')
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
     assert done.returncode == 0, done.stderr
+    gone, of = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert gone / of == pytest.approx(0.5, abs=0.02)
     assert "removed" in done.stdout and (tmp_path / "pruned.pt").stat().st_size < (tmp_path / "tiny.pt").stat().st_size

@@ -20,6 +20,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import whisper
+from whisper.decoding import DecodingTask
 
 import prune
 import run
@@ -61,14 +62,16 @@ def test_resampling_is_exact_below_8_khz(rate, tmp_path):
 
 
 def test_batch_predicts_the_text_and_its_end(nano):
-    """Every text token and the final end-of-text is a target once; prompt and padding never are."""
-    clips = run.Clips(MINI, "dev", nano, TOKENIZER, limit=5)
+    """Every text token and the final end-of-text is a target once; prompt and padding never are. The prompt is the one
+    that decoding begins with."""
+    s = run.completed(run.settings(["--limit", "5"]), nano)
+    clips, prompt = run.load_clips(nano, "dev", s), DecodingTask(nano, run.decoding(nano, s)).initial_tokens
     mels, inputs, targets = clips.collate([clips[i,] for i in range(5)])
     assert mels.shape == (5, 80, 300) and inputs.shape == targets.shape
     for row_in, row_out, text in zip(inputs.tolist(), targets.tolist(), clips.sentences):
         spoken = TOKENIZER.encode(" " + text)
         assert [t for t in row_out if t != -100] == spoken + [TOKENIZER.eot]
-        assert row_in[: 4 + len(spoken)] == [*TOKENIZER.sot_sequence_including_notimestamps] + spoken
+        assert row_in[: 4 + len(spoken)] == [*prompt] + spoken
         assert row_out[3] == spoken[0], "the last token of the prompt predicts the first of the text"
 
 
@@ -145,17 +148,15 @@ def test_diagnosis_by_hand():
     """One error more in each clip of 100 words is a loss though the single intervals overlap; the same errors elsewhere are
     none, one less is a gain."""
     errors, words = np.arange(101) % 11, [100] * 101
-    rows = [{"name": "dense", "wer": 5.0, "errors": errors, "words": words, "loss": 0.02},
-            {"name": "tspar", "wer": 6.0, "errors": errors + 1, "words": words, "loss": 0.04}]
+    rows = [{"name": "dense", "wer": 5.0, "errors": errors, "words": words},
+            {"name": "tspar", "wer": 6.0, "errors": errors + 1, "words": words}]
     plan = SimpleNamespace(removed=lambda: (5, 100))
     assert max(map(len, run.diagnosis(rows, plan).split("\n"))) <= 80
     said = lambda: " ".join(run.diagnosis(rows, plan).split())
     assert "+1.0 points" in said() and "5%" in said() and "(95% interval +1.0 to +1.0)" in said()
-    assert "pruned too far" in said() and "its loss ends at 0.040, dense's at 0.020" in said()
-    rows[1]["loss"] = 0.02
-    assert "pruned too far" in said() and "its loss" not in said()
-    rows[1] |= {"wer": 5.0, "errors": errors[::-1], "loss": 0.04}
-    assert "no loss" in said() and "pruned too far" not in said() and "its loss" not in said()
+    assert "pruned too far" in said()
+    rows[1] |= {"wer": 5.0, "errors": errors[::-1]}
+    assert "no loss" in said() and "pruned too far" not in said()
     rows[1] |= {"wer": 4.0, "errors": errors - 1}
     assert "better" in said() and "no loss" not in said()
 
@@ -192,7 +193,7 @@ def test_report_holds_what_the_table_shows(finished):
     for same in ("parameters", "block_parameters", "memory_bytes", "flops"):
         assert imp[same] == dense[same], "zeros save nothing"
     assert abs(imp["block_nonzero"] - tspar["block_nonzero"]) <= 2, "compared at equal sparsity"
-    assert report["seed"] == 0 and set(report["seconds"]) == {"dense", "tspar", "imp", "measure"}
+    assert report["seed"] == 0 and report["seconds"] > 0
 
 
 def test_checkpoints_give_the_reported_transcripts(finished, tmp_path):
@@ -325,7 +326,7 @@ def test_common_voice_folder(tmp_path, monkeypatch, capsys):
 
 # ---- interrupted, spread out, cut up: the same result
 
-def in_child(arguments: list[str], before=lambda: None, save_every: int = 1) -> int:
+def in_child(arguments: list[str], before=lambda: None, save_every: float = -1) -> int:
     """run.main in a forked process, one thread, after before(); its pid. Equal bits need equal threads."""
     pid = os.fork()
     if pid:
@@ -421,19 +422,21 @@ def test_no_partial_file_after_random_kills(uninterrupted, tmp_path):
     assert ended(in_child([*arguments, resume])) == 0 and same_bits(uninterrupted["loss"], out)
 
 
-def test_ctrl_c_keeps_the_last_step(uninterrupted, tmp_path):
-    """SIGTERM, later Ctrl-C, in the middle of a step: it is finished and saved, exit code 130, and --resume ends the same."""
+def test_stopped_and_resumed(uninterrupted, tmp_path):
+    """SIGTERM, later Ctrl-C, in the middle of a step: exit code 130, what was saved last stays, and --resume ends the
+    same; so it does where nothing had been saved."""
     out = tmp_path / "out"
     arguments = quick("none", out)
 
     def in_second_step(number: int) -> None:
         calls, backward = [], run.backward
         run.backward = lambda *a: (calls.append(1), os.kill(os.getpid(), number) if len(calls) == 2 else None, backward(*a))[2]
-    assert ended(in_child(arguments, lambda: in_second_step(signal.SIGTERM), 200)) == 130
-    assert torch.load(out / "state/dense-fine-tune.pt", weights_only=True)["step"] == 2
-    assert ended(in_child([*arguments, "--resume"], lambda: in_second_step(signal.SIGINT), 200)) == 130
-    assert torch.load(out / "state/dense-go-on.pt", weights_only=True)["step"] == 1
-    assert ended(in_child([*arguments, "--resume"], save_every=200)) == 0 and same_bits(uninterrupted["none"], out)
+    for flags, number, save_every, step in (
+            ([], signal.SIGTERM, 1000, None), (["--resume"], signal.SIGTERM, -1, 1), (["--resume"], signal.SIGINT, -1, 2)):
+        assert ended(in_child([*arguments, *flags], lambda: in_second_step(number), save_every)) == 130
+        path = out / "state/dense-fine-tune.pt"
+        assert (torch.load(path, weights_only=True)["step"] if path.exists() else None) == step
+    assert ended(in_child([*arguments, "--resume"], save_every=1000)) == 0 and same_bits(uninterrupted["none"], out)
 
 
 def test_write_renames_a_whole_file(tmp_path):
