@@ -203,8 +203,8 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
 
 def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_value: int = 4,
                     checkpointing: bool = False) -> int:
-    """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), and
-    what the forward pass keeps for the backward pass at bytes_per_value (2: autocast, its weight copies counted).
+    """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), 4 for one
+    that does not require a gradient, and what the forward pass keeps for the backward pass at bytes_per_value (2: autocast, its weight copies counted).
 
     Of a block with n positions, n (4 d + 2 query/key + 2 value + 2 f) values: input and result of both LayerNorms,
     query, key, value, their mixture (attention fused), the hidden layer before and after GELU; cross-attention
@@ -230,9 +230,10 @@ def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_val
         values = sum(entry for _, entry in sizes) + max(full for full, _ in sizes)
     values += 2 * S * model.encoder.conv1.weight.shape[1] + 5 * S * d       # mel, convolutions
     values += 2 * S * d + 2 * T * d                                         # the last LayerNorms
-    weights = 16 + (bytes_per_value if bytes_per_value < 4 else 0)
+    copy = bytes_per_value if bytes_per_value < 4 else 0
+    weights = sum((16 if p.requires_grad else 4) * p.numel() + copy * p.numel() for p in model.parameters())
     logits = T * len(model.decoder.token_embedding.weight) * 4              # their log-softmax
-    return weights * sum(p.numel() for p in model.parameters()) + batch * (values * bytes_per_value + logits)
+    return weights + batch * (values * bytes_per_value + logits)
 
 
 def _logits_bytes(model: Whisper, b: int) -> int:

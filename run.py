@@ -78,7 +78,7 @@ def run(s: Settings) -> None:
     if s.transcribe or s.evaluate:
         return look(original, s)
     clips = {split: load_clips(original, split, s) for split in ("train", s.split)}
-    train, model = clips["train"], shortened(copy.deepcopy(original), clips["train"], s)
+    train, model = clips["train"], prepared(copy.deepcopy(original), clips["train"], s)
     if s.target:
         decide(model, s)                         # whether so much can go at all, before hours of training
     if RANK == 0:
@@ -106,8 +106,10 @@ def run(s: Settings) -> None:
         report(dict(zip(MODELS, (original, dense, pruned, imp))), clips[s.split], plan, started, s)
 
 
-def shortened(model: Whisper, train: Clips, s: Settings) -> Whisper:
-    """--vocabulary data: the embedding keeps the tokens of train's sentences, in all models, so that they compare."""
+def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
+    """What dense, tspar and imp start from. The token embedding is not trained: Adam moves a row as far for a token
+    that no clip says as for any other, and always down. --vocabulary data: of its rows train's tokens stay."""
+    model.decoder.token_embedding.requires_grad_(False)
     if s.vocabulary == "data":
         encode = get_tokenizer(model.is_multilingual, num_languages=model.num_languages).encode
         prune.vocabulary_(model, {id for text in train.sentences for t in (text, " " + text) for id in encode(t)})
@@ -185,7 +187,8 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
     Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero
     over the first half: groups that turn out useful have moved before it presses on all."""
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
-    optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
     phase = taken_up(path, model, optimizer, s)
     start, warm_up = phase.step, max(1, min(50, s.steps // 5))
@@ -261,7 +264,7 @@ def backward(model: Whisper, loader, n_targets: int, s: Settings) -> float:
         part = objective(model, next(loader), s) / n_targets
         part.backward()
         loss += part.detach()
-    for x in (loss, *(p.grad for p in model.parameters())) if WORLD > 1 else ():
+    for x in (loss, *(p.grad for p in model.parameters() if p.requires_grad)) if WORLD > 1 else ():
         dist.all_reduce(x)                       # the sum over all processes
     if not loss.isfinite():
         raise Stop(f"the loss is {loss:g}; lower --lr, now {s.lr:g}, or the strengths, and start again", 1)

@@ -576,6 +576,9 @@ def test_training_memory_against_what_autograd_keeps(width, bytes_per_value, bat
     found = flops.training_memory(model, 27, batch, bytes_per_value) - 16 * sum(p.numel() for p in model.parameters())
     assert loss.requires_grad and found == pytest.approx(saved, rel=0.01 if bytes_per_value == 4 else 0.1)
     assert flops.training_memory(model, 27, batch, checkpointing=True) < flops.training_memory(model, 27, batch)
+    frozen = model.decoder.token_embedding.requires_grad_(False)
+    assert found - flops.training_memory(model, 27, batch, bytes_per_value) + 16 * sum(
+        p.numel() for p in model.parameters()) == 12 * frozen.weight.numel(), "neither gradient nor moments"
 
 
 def test_bench_holds_what_measure_and_the_formulas_say(monkeypatch):
