@@ -75,7 +75,7 @@ def measured(arm: str, model: torch.nn.Module, clips: run.Clips, s: run.Settings
 
 def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None:
     """Train, prune, recover, measure; what a file of RESULTS has already is not done again. All rows for seed 0 of
-    so762; what the other seeds repeat is dense and the two sizes of the README; flags are for comparing dense."""
+    so762; elsewhere dense and the README's two sizes; with flags dense alone. tuned: dense after the first phase."""
     name = "-".join([data, str(seed), *[flag.strip("-") for flag in flags]])
     s, original = begin(folder, data, language, seed, name, *flags)
     train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
@@ -87,18 +87,19 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
         plan = run.prune_(model, train, replace(s, target=share, z2=z2), first.curvature)
         return {"removed": plan.removed(), "pruning_seconds": time.time() - started}
 
-    todo = {"dense": lambda model: {}}
-    todo |= {} if flags else {f"{share:.0%}": partial(pruned, share=share) for share in ARMS[:3 if seed == 0 else 2]}
-    if data == "so762" and seed == 0 and not flags:
+    everything, todo = data == "so762" and seed == 0 and not flags, dict.fromkeys(("tuned", "dense"), lambda model: {})
+    for share in () if flags else ARMS if everything else (0.5, 0.35):
+        todo[f"{share:.0%}"] = partial(pruned, share=share)
+    if everything:
+        todo |= {arm: partial(rival, train=train, s=s) for arm, rival in RIVALS.items()}
         todo |= {PASS_2: partial(pruned, share=0.35, z2=-1)}
-        todo |= {arm: lambda model, rival=rival: rival(model, train, s) for arm, rival in RIVALS.items()}
     for arm, change in todo.items():
         if arm not in results(RESULTS / f"{name}.json"):
             facts, title = change(model := copy.deepcopy(dense)), arm.replace("dense", "dense: go on")
-            if "IMP" not in arm:                 # its rounds have retrained it
+            if arm != "tuned" and "IMP" not in arm:      # whose rounds have retrained it
                 facts |= {"loss": run.fine_tune(model, train, run.recovery(s), title.replace("%", "")).loss}
             measured(arm, model, test, s, **facts)
-    if data == "so762" and seed == 0 and not flags and "original" not in results(RESULTS / f"{name}.json"):
+    if everything and "original" not in results(RESULTS / f"{name}.json"):
         measured("original", original, test, s)  # last: what hallucinates takes long
 
 
@@ -109,7 +110,7 @@ def iterative(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> dict
     return {}
 
 
-def layer_by_layer(model: torch.nn.Module, *_) -> dict:
+def layer_by_layer(model: torch.nn.Module, **_) -> dict:
     """What one would write first: of every matrix the same share of the smallest norms."""
     norms = prune.two_pass(model, z2=None).norms
     def plan(share: float) -> prune.Plan:
@@ -119,7 +120,7 @@ def layer_by_layer(model: torch.nn.Module, *_) -> dict:
     return {}
 
 
-def fewer_layers(model: torch.nn.Module, *_) -> dict:
+def fewer_layers(model: torch.nn.Module, **_) -> dict:
     """distil-whisper's way (Gandhi et al. 2023): of six decoder layers the first and the last stay."""
     stay = [0, len(model.decoder.blocks) - 1]
     model.decoder.blocks = torch.nn.ModuleList(model.decoder.blocks[i] for i in stay)
@@ -128,7 +129,7 @@ def fewer_layers(model: torch.nn.Module, *_) -> dict:
     return {}
 
 
-RIVALS = {"fewer layers": fewer_layers, "L2 layer by layer, 35%": layer_by_layer, "IMP, 50% zeros": iterative}
+RIVALS = {"L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers, "IMP, 50% zeros": iterative}
 
 
 class AdaptiveLasso(SparseGroupLasso):
