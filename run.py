@@ -108,7 +108,7 @@ def run(s: Settings) -> None:
 
 def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
     """What dense, tspar and imp start from. The token embedding is not trained: Adam moves a row as far for a token
-    that no clip says as for any other, and always down. --vocabulary data: of its rows train's tokens stay."""
+    that no clip says as for any other, and down. With --vocabulary data its rows are those of train's tokens."""
     model.decoder.token_embedding.requires_grad_(False)
     if s.vocabulary == "data":
         encode = get_tokenizer(model.is_multilingual, num_languages=model.num_languages).encode
