@@ -573,6 +573,29 @@ def test_learning_rate_by_hand(tmp_path, monkeypatch):
     assert rates == pytest.approx([4e-4, 8e-4, 8e-4, 7e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
 
 
+def test_penalty_sets_in_over_the_first_half(tmp_path, monkeypatch):
+    """Ten steps: its strength is 0.2, 0.4, ... of the full one, which the fifth step and all later ones have."""
+    model, s, clips = small_run(tmp_path, "--steps", "10", "--batch", "1", "--penalty", "loss")
+    penalty, scales = run.SparseGroupLasso(prune.units(model), 1, 1, 1, 1), []
+    monkeypatch.setattr(penalty, "add_gradient_", lambda: scales.append(penalty.scale))
+    run.fine_tune(model, clips, s, "test", penalty)
+    assert scales == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 6)
+
+
+def test_rounds_come_nearer_to_the_target(tmp_path, monkeypatch):
+    """Each round asks for its share of --target and refits before the next decides; the last plan asks for all of it."""
+    model, s, clips = small_run(tmp_path, "--target", "0.5", "--importance", "curvature")
+    shares, two_pass, refit_ = [], prune.two_pass, prune.refit_
+    monkeypatch.setattr(run, "ROUNDS", (0.5, 0.9))
+    monkeypatch.setattr(prune, "two_pass", lambda *a, **k: (shares.append(k["share"]), two_pass(*a, **k))[1])
+    monkeypatch.setattr(prune, "refit_", lambda *a: (shares.append("refit"), refit_(*a))[1])
+    curvature = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    gone, of = run.prune_(model, clips, s, curvature).removed()
+    assert gone / of == pytest.approx(0.5, abs=0.02)
+    assert shares == [0.5, pytest.approx(gone / of / 2, abs=0.01), "refit", pytest.approx(0.9 * gone / of, abs=0.01), "refit",
+                      pytest.approx(gone / of, abs=0.01)]
+
+
 def test_decoding_processes_change_nothing(nano):
     """Two workers deliver the clips that the main process would have made, augmentation included."""
     clips, keys = run.Clips(MINI, "train", nano, TOKENIZER, 6, 1), [(0, 0, 7), (3, 0, 8), (5,)]
