@@ -89,11 +89,10 @@ def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None
 
     everything, todo = data == "so762" and seed == 0 and not flags, {"tuned": lambda model: {}}
     if not flags:
-        todo["dense"] = lambda model: {}
-        todo |= {f"{share:.0%}": partial(pruned, share=share) for share in (ARMS if everything else (0.5, 0.35))}
+        todo |= {"dense": lambda model: {}, "50%": partial(pruned, share=0.5), "35%": partial(pruned, share=0.35)}
     if everything:
         todo |= {arm: partial(rival, train=train, s=s) for arm, rival in RIVALS.items()}
-        todo |= {PASS_2: partial(pruned, share=0.35, z2=-1)}
+        todo |= {PASS_2: partial(pruned, share=0.35, z2=-1), "65%": partial(pruned, share=0.65)}
     for arm, change in todo.items():
         if arm not in results(RESULTS / f"{name}.json"):
             facts, title = change(model := copy.deepcopy(dense)), arm.replace("dense", "dense: go on")
