@@ -203,8 +203,9 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
 
 def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_value: int = 4,
                     checkpointing: bool = False) -> int:
-    """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), 4 for one
-    that does not require a gradient, and what the forward pass keeps for the backward pass at bytes_per_value (2: autocast, its weight copies counted).
+    """Bytes of a training step under Adam: 16 for each parameter (weight, gradient, two moments, all float32), or 4 if
+    it requires no gradient, and what the forward pass keeps for the backward pass at bytes_per_value (2: autocast, its
+    weight copies counted).
 
     Of a block with n positions, n (4 d + 2 query/key + 2 value + 2 f) values: input and result of both LayerNorms,
     query, key, value, their mixture (attention fused), the hidden layer before and after GELU; cross-attention

@@ -118,7 +118,8 @@ def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
 
 def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
     """Decide in two passes, and remove. With curvature, groups go in rounds: each removes a little more and solves the
-    readers of what has gone anew, so that the next one decides on a model that works."""
+    readers of what has gone anew, so that the next one decides on a model that works. The weights of (3) in prune.py
+    are those of the round, its curvature remains that of the first phase."""
     plan = decide(model, s, curvature)
     gone, of = plan.removed()
     if s.importance == "curvature":
@@ -233,7 +234,8 @@ def taken_up(path: Path, model: Whisper, optimizer: torch.optim.Optimizer, s: Se
 
 
 def keep_phase(path: Path, phase: Phase, model: Whisper, optimizer: torch.optim.Optimizer, s: Settings) -> None:
-    """To OUT/state. A finished phase trades Adam's moments for the curvature, its second moment (bias-corrected)."""
+    """To OUT/state. A finished phase trades Adam's moments for the curvature, its second moment (bias-corrected): the
+    squared gradients of whole steps, clipped, over the last 50 steps or so."""
     moments = optimizer.state_dict()
     if phase.step == s.steps:
         beta = optimizer.param_groups[0]["betas"][1]
