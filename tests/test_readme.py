@@ -16,13 +16,20 @@ def between(mark: str) -> str:
     return re.search(f"<!-- {mark} -->(.*)<!-- /{mark} -->", README, re.S)[1].strip()
 
 
-def test_the_table_is_that_of_the_stored_results():
+@pytest.mark.parametrize("mark, made", [("real", real.table), ("rivals", real.rivals), ("claims", real.claims)])
+def test_tables_are_those_of_the_stored_results(mark, made):
     """Word for word what tests/real.py makes of tests/data/real."""
-    assert between("real") == real.table()
+    assert between(mark) == made()
 
 
-def test_what_the_adaptive_penalty_did():
-    """The figures in the text are those stored, and so are those of recovery."""
+def test_figures_in_the_text_are_stored():
+    """What the adaptive penalty did, recovery, the embedding, the seeds of nano."""
+    for file in ("so762-0", "so762-0-embedding-trained"):
+        rows = real.results(real.RESULTS / f"{file}.json")
+        assert ", ".join(f"{rows[arm]['wer']:.1f}%" for arm in ("dense", "35%", "50%")) in README
+    for name in ("dense", "tspar"):
+        wer = [row[f"{name} test"] for row in real.results(real.RESULTS / "nano-seeds.json")]
+        assert f"{name} {min(wer):.1f} to {max(wer):.1f}%" in README
     rows = real.results(real.RESULTS / "penalties.json")
     for key in ("whole", "35%", "50%"):
         assert f"{rows['adaptive'][key]:.3f} instead of {rows['none'][key]:.3f}" in README
