@@ -277,10 +277,10 @@ def claims() -> str:
 |---|---|
 | small: 35.4% of the parameters go, WER stays | 35% of those in blocks, {less("parameters")} of all: WER \
 {more(english, "35%", "dense")} (English), {more(hindi, "35%", "dense")} (Hindi) |
-| with them 18.5% of the FLOPs, 14.25% of the memory | {less("flops")}, {less("memory_bytes")} (English; a clip encoded \
-and decoded) |
-| WER 12.31 points below IMP, which removes less | {more(english, "50%", "IMP, 50% zeros")}: half removed, against IMP \
-with half zero, where nothing is smaller |
+| with them 18.5% of the FLOPs, 14.25% of the memory | {less("flops")}, {less("memory_bytes")} (English; to encode and \
+decode a clip) |
+| WER 12.31 points below IMP, which removes less | {more(english, "50%", "IMP, 50% zeros")} (English): half removed, \
+against IMP with half zero, where nothing is smaller |
 | medium: 31% | has not been run |"""
 
 
@@ -334,8 +334,8 @@ def tradeoff() -> None:
         x, y, error = zip(*(at[arm] for arm in drawn))
         axis.errorbar(x, y, np.transpose(error), fmt="o-" if drawn is tspar_arms else "s", color=color, capsize=3)
         for arm, left, top in zip(drawn, x, y):
-            axis.annotate(f"TSPAR {arm}" if arm[0].isdigit() and drawn is tspar_arms else arm, (left, top), color=color,
-                          xytext=(7, 7), textcoords="offset points")
+            axis.annotate(f"TSPAR {arm}" if arm[0].isdigit() else arm, (left, top), color=color, xytext=(7, 7),
+                          textcoords="offset points")
     axis.set(xlabel="encoding a clip of 8 s and decoding 24 tokens, ms on 2 CPU cores", ylabel="WER, %")
     axis.set_title(f"off the scale: {', '.join(far)}" if far else "", fontsize=9, loc="right")
     axis.margins(0.15)
