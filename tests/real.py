@@ -277,7 +277,7 @@ def claims() -> str:
 |---|---|
 | small: 35.4% of the parameters go, WER stays | 35% of those in blocks, {less("parameters")} of all: WER \
 {more(english, "35%", "dense")} (English), {more(hindi, "35%", "dense")} (Hindi) |
-| with them 18.5% of the FLOPs, 14.25% of the memory | {less("flops")}, {less("memory_bytes")} (English; to encode and \
+| with them 18.5% of FLOPs, 14.25% of memory | {less("flops")}, {less("memory_bytes")} (English; to encode and \
 decode a clip) |
 | WER 12.31 points below IMP, which removes less | {more(english, "50%", "IMP, 50% zeros")} (English): half removed, \
 against IMP with half zero, where nothing is smaller |
