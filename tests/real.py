@@ -202,14 +202,14 @@ def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> 
 
 
 def latency(folder: Path) -> None:
-    """Encoder, and greedy decoding of 24 tokens, of one clip: median of 7 rounds in which the models take turns."""
+    """Encoder, and greedy decoding of 24 tokens, of one clip: median of 15 rounds in which the models take turns."""
     stock = lambda: prune.load(folder / "base.pt")
     models = {"as OpenAI made it, 30 s": stock(), "the same, window cut to 8 s": prune.window_(stock(), 8)}
     for path in sorted((ROOT / "runs/real").glob("*-0/*.pt")):
         models |= {f"{path.parent.name} {path.stem}": prune.load(path)} if path.stem != "original" else {}
     seconds = {name: {"encoder": [], "greedy": []} for name in models}
     with torch.inference_mode():
-        for turn in range(8):
+        for turn in range(16):
             for name, model in models.items():
                 mel = torch.randn(1, model.dims.n_mels, 2 * model.dims.n_audio_ctx)
                 options = whisper.DecodingOptions(language="en", fp16=False, sample_len=24, suppress_tokens=[50257])
@@ -262,7 +262,8 @@ def rivals() -> str:
     for arm in ("tuned", "35%", PASS_2, "50%", *RIVALS):
         if arm in rows:
             name = f"TSPAR, {arm}" if arm[0].isdigit() else arm.replace("tuned", "dense, 250 steps only")
-            cells = line(name, f"so762-0 {arm}", rows[arm], rows["dense"]).split(" | ")
+            shape = "dense" if arm == "tuned" else arm
+            cells = line(name, f"so762-0 {shape}", rows[arm], rows["dense"]).split(" | ")
             share = f"{rows[arm]['block_parameters'] / 1e6:.1f} M ({rows[arm]['block_parameters'] / of - 1:.0%})"
             lines.append(" | ".join([cells[0], share, f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB", *cells[3:]]))
     return "\n".join(lines)
