@@ -339,7 +339,7 @@ def tradeoff() -> None:
                           textcoords="offset points")
     axis.set(xlabel="encoding a clip of 8 s and decoding 24 tokens, ms on 2 CPU cores", ylabel="WER, %")
     axis.set_title(f"off the scale: {', '.join(far)}" if far else "", fontsize=9, loc="right")
-    axis.margins(0.15)
+    axis.margins(0.2, 0.15)
     figure.savefig(RESULTS / "tradeoff.png", dpi=110)
 
 
