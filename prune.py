@@ -1,19 +1,18 @@
 """Two passes of mean/std pruning for openai-whisper, and real removal: smaller, faster, the same function.
 
-    import prune, whisper
+    import copy, prune, whisper
     model = whisper.load_model("tiny")        # or the path of a .pt file
     plan = prune.two_pass(model)              # reads the weights, changes nothing; print(plan) shows it
     prune.remove_(model, plan)                # the matrices shrink, whisper's own code runs on
     prune.save(model, "pruned.pt")            # prune.load("pruned.pt") brings it back
 
-That goes by norms. Where training has left mean squared gradients h (`two_pass`), and mels and ids are training clips,
-groups go by what they cost and in rounds, and far more can go before the model breaks:
+That goes by norms. Where training has left mean squared gradients h (`two_pass`), groups go by what they cost, and
+with training clips (mels, ids) what stays is fitted to the model before. Far more can go before the model breaks:
 
-    for share in (0.2, 0.35, 0.42, 0.46, 0.48, 0.5):       # of the parameters in blocks
-        plan = prune.two_pass(model, z2=None, floor=0, curvature=h, share=share)
-        prune.refit_(model, plan, prune.second_moments(model, lambda: model(mels, ids)))
-        prune.mask_(model, plan)
+    plan = prune.two_pass(model, z2=None, floor=0, curvature=h, share=0.5)         # half of the parameters in blocks
+    before = copy.deepcopy(model)
     prune.remove_(model, plan)
+    prune.refit_(model, before, [(mels, ids)])
 
 A group is what must go together. Neuron j of a feed-forward layer, say, is row j of mlp.0, its bias, and column j of
 mlp.2, which reads it. `units` lists these as X.mlp, X being encoder.blocks.0 and so on, and of each attention X the
@@ -45,7 +44,7 @@ those under the cut fill up the others. Neurons and columns are rounded up too. 
 nothing and goes whole; one without query/key dimensions still averages its values and stays. At least one head, and
 one group, always stays.
 `mask_` writes zeros, which defines what a plan is; `remove_` cuts, to the same function (query is scaled, as whisper
-divides by sqrt(head width)). Before either, `refit_` can fit what reads the doomed, out and mlp.2, to what stays (4).
+divides by sqrt(head width)). After that, `refit_` can give out and mlp.2, which read what went, new weights (4).
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
@@ -56,7 +55,6 @@ are the paper's; (1) to (4), pooling and floor are our reading.
 import math
 import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -241,43 +239,63 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
 
 
 @torch.no_grad()
-def second_moments(model: Whisper, forward: Callable[[], None]) -> dict[str, Tensor]:
-    """Sum of x x^T over the positions that forward() runs the model on, x = (input, 1) of each out and mlp.2:
-    (n + 1, n + 1) float32, the last entry the number of positions."""
-    sums, names = {}, {m: name for name, m in _modules(model, nn.Linear) if name.endswith((".out", ".mlp.2"))}
+def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]], ridge: float = 0.1) -> Whisper:
+    """After remove_: give out and mlp.2, which read what went, the weights with which the model follows best what it
+    was `before`. From the first layer to the last, so that each also makes up for what the earlier ones lack: with x,
+    x* the residual streams of model and before, f* a sublayer of before, u what its reader reads in model,
 
-    def listen(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-        x = nn.functional.pad(inputs[0].float().flatten(0, -2), (0, 1), value=1)
-        with torch.autocast(x.device.type, enabled=False):             # sums in bf16 are not positive definite
-            sums[names[linear]] = sums.get(names[linear], 0) + x.T @ x
+        W, b = argmin sum |x* + f*(x*) - x - W u - b|^2 + r |(W, b) - (W_0, b_0)|^2, r = ridge * mean_i sum u_i^2 (4)
 
-    with ExitStack() as hooks:             # leaving it removes them, whatever forward() does
-        for linear in names:
-            hooks.enter_context(linear.register_forward_pre_hook(listen))
-        forward()
-    return sums
+    over all positions of batches, (mels (B, n_mels, frames), ids (B, T)); of the encoder's, some 128 a clip, evenly
+    spread. Returns the model. Raises ValueError without batches, or if the two are no such pair."""
+    shapes = [{name: p.shape for name, p in _parameters(m).items() if name.endswith("mlp.2.bias")}
+              for m in (before, model)]
+    if not batches or shapes[0] != shapes[1]:
+        raise ValueError("refit_ needs batches of (mels, ids) and two models with as many layers, of one width")
+    audio = [(None, None)] * len(batches)
+    for side, sublayers in {"encoder": ("attn", "mlp"), "decoder": ("attn", "cross_attn", "mlp")}.items():
+        x = [[_embedded(m, side, *batch) for m in (before, model)] for batch in batches]
+        for old, new in zip(getattr(before, side).blocks, getattr(model, side).blocks):
+            for name in sublayers:
+                M = C = 0
+                for (x_old, x_new), (audio_old, audio_new) in zip(x, audio):
+                    reader, u = _read(before, old, name, x_old, audio_old)
+                    x_old += reader(u)
+                    reader, u = _read(model, new, name, x_new, audio_new)
+                    some = slice(None, None, max(1, x_new.shape[1] // 128) if side == "encoder" else 1)
+                    u = nn.functional.pad(u[:, some].float(), (0, 1), value=1).flatten(0, 1)
+                    with torch.autocast(u.device.type, enabled=False):     # sums in bf16 are not positive definite
+                        M, C = M + u.T @ u, C + (x_old - x_new)[:, some].flatten(0, 1).T @ u
+                r, W = ridge * M.diagonal().mean(), torch.cat([reader.weight, reader.bias[:, None]], 1)
+                M.diagonal().add_(r)
+                W = torch.linalg.solve(M.double(), (C + r * W).T.double()).T.to(W.dtype)
+                reader.weight.copy_(W[:, :-1])
+                reader.bias.copy_(W[:, -1])
+                for (_, x_new), (_, audio_new) in zip(x, audio):           # computed again: to keep u takes gigabytes
+                    reader, u = _read(model, new, name, x_new, audio_new)
+                    x_new += reader(u)
+        if side == "encoder":
+            audio = [(before.encoder.ln_post(x_old), model.encoder.ln_post(x_new)) for x_old, x_new in x]
+    return model
 
 
-@torch.no_grad()
-def refit_(model: Whisper, plan: Plan, moments: dict[str, Tensor], ridge: float = 0.1) -> None:
-    """Before mask_ or remove_: give out and mlp.2, the readers of what goes, the weights on the inputs S that stay
-    which replace it best, by least squares over the positions of `second_moments` of this model,
+def _embedded(model: Whisper, side: str, mels: Tensor, ids: Tensor) -> Tensor:
+    """What enters the first block of a side."""
+    if side == "encoder":
+        encoder, gelu = model.encoder, nn.functional.gelu
+        return gelu(encoder.conv2(gelu(encoder.conv1(mels)))).permute(0, 2, 1).float() + encoder.positional_embedding
+    rows = model.decoder.row_of[ids] if isinstance(model.decoder, KeptDecoder) else ids
+    return model.decoder.token_embedding(rows) + model.decoder.positional_embedding[: ids.shape[1]]
 
-        W', b' = argmin sum |W x + b - W'x_S - b'|^2 + r |(W', b') - (W_S, b)|^2,  r = ridge * mean_i sum x_i^2   (4)
 
-    ValueError if the plan is for another model."""
-    _parameters(model, plan)
-    for name, moment in moments.items():
-        linear, stem = model.get_submodule(name), name.rpartition(".")[0]
-        keep = plan.keep.get(stem if name.endswith("mlp.2") else f"{stem}.vo")
-        if keep is None or keep.all():
-            continue
-        stay = nn.functional.pad(keep, (0, 1), value=True).nonzero().flatten().to(moment.device)      # and the bias
-        W, M = torch.cat([linear.weight, linear.bias[:, None]], 1).double(), moment.double()
-        r = ridge * M.diagonal().mean()
-        left, right = M[stay][:, stay] + r * torch.eye(len(stay), device=M.device), W @ M[:, stay] + r * W[:, stay]
-        solved = torch.linalg.solve(left, right.T).T.to(linear.weight.dtype)
-        linear.weight[:, stay[:-1]], linear.bias[:] = solved[:, :-1], solved[:, -1]
+def _read(model: Whisper, block: nn.Module, name: str, x: Tensor, audio: Tensor | None) -> tuple[Linear, Tensor]:
+    """The last Linear of a block's attn, cross_attn or mlp, and what it reads where the residual stream is x."""
+    sublayer, x = getattr(block, name), getattr(block, f"{name}_ln")(x)
+    if name == "mlp":
+        return sublayer[2], sublayer[:2](x)
+    source, mask = (audio, None) if name == "cross_attn" else (x, model.decoder.mask if block.cross_attn else None)
+    q, k, v = sublayer.query(x), sublayer.key(source), sublayer.value(source)
+    return sublayer.out, sublayer.qkv_attention(q, k, v, mask)[0]
 
 
 @torch.no_grad()

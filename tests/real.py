@@ -2,14 +2,15 @@
 
     python tests/real.py FOLDER so762 en 0          # FOLDER holds base.pt and so762/: hours on 2 cores
     python tests/real.py FOLDER so762 en 0 --vocabulary data        # flags become part of the results' name
+    python tests/real.py FOLDER so762 en 0 65% "Taylor, 35%"        # these arms alone
     python tests/real.py FOLDER hi_kokoro hi 0
     python tests/real.py FOLDER penalties           # what a penalty in the first phase is worth, on so762's dev clips
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
     python tests/real.py table                      # README.md's, as are rivals, claims, penalty_table: from RESULTS
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png, tradeoff.png
 
-First phase and dense model are trained once; each share of ARMS is pruned from that first phase and recovers for as
-many steps as dense goes on, and so does what RIVALS (no results yet) make of that first phase. Results go to
+First phase and dense model are trained once; each percentage is pruned from that first phase and recovers for as
+many steps as dense goes on, and so does what RIVALS make of that first phase. Results go to
 tests/data/real/DATA-SEED.json, a row at a time: settings, counts of errors and words a clip, never texts. Checkpoints
 and texts stay in runs/real/.
 """
@@ -18,7 +19,6 @@ import json
 import sys
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,63 +73,68 @@ def measured(arm: str, model: torch.nn.Module, clips: run.Clips, s: run.Settings
     print(arm, f"WER {row['wer']:.1f}  {row['block_parameters']:,} block parameters", flush=True)
 
 
-def arms(folder: Path, data: str, language: str, seed: int, *flags: str) -> None:
-    """Train, prune, recover, measure; what a file of RESULTS has already is not done again. All rows for seed 0 of
-    so762; elsewhere dense and the README's two sizes; with flags only tuned, which is dense after the first phase."""
-    name = "-".join([data, str(seed), *[flag.strip("-") for flag in flags]])
-    s, original = begin(folder, data, language, seed, name, *flags)
+def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None:
+    """Train, prune, recover, measure; what a file of RESULTS has already is not done again. Words are arms (without
+    any: tuned, which is dense after the first phase, dense, and README's two sizes), or flags: then tuned alone."""
+    flags = [word.strip("-") for word in words] if words and words[0].startswith("--") else []
+    name = "-".join([data, str(seed), *flags])
+    s, original = begin(folder, data, language, seed, name, *(words if flags else ()))
     train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
     dense = run.prepared(copy.deepcopy(original), train, s)
     first = run.fine_tune(dense, train, s, "dense: fine-tune")
-
-    def pruned(model: torch.nn.Module, share: float, z2: float = s.z2) -> dict:
-        started = time.time()
-        plan = run.prune_(model, train, replace(s, target=share, z2=z2), first.curvature)
-        return {"removed": plan.removed(), "pruning_seconds": time.time() - started}
-
-    everything, todo = data == "so762" and seed == 0 and not flags, {"tuned": lambda model: {}}
-    if not flags:
-        todo |= {"dense": lambda model: {}, "50%": partial(pruned, share=0.5), "35%": partial(pruned, share=0.35)}
-    if everything:
-        todo |= {arm: partial(rival, train=train, s=s) for arm, rival in RIVALS.items()}
-        todo |= {PASS_2: partial(pruned, share=0.35, z2=-1), "65%": partial(pruned, share=0.65)}
-    for arm, change in todo.items():
-        if arm not in results(RESULTS / f"{name}.json"):
-            facts, title = change(model := copy.deepcopy(dense)), arm.replace("dense", "dense: go on")
-            if arm != "tuned" and "IMP" not in arm:      # whose rounds have retrained it
-                facts |= {"loss": run.fine_tune(model, train, run.recovery(s), title.replace("%", "")).loss}
-            measured(arm, model, test, s, **facts)
-    if everything and "original" not in results(RESULTS / f"{name}.json"):
-        measured("original", original, test, s)  # last: what hallucinates takes long
+    for arm in ["tuned"] if flags else words or ("tuned", "dense", "50%", "35%"):
+        if arm in results(RESULTS / f"{name}.json"):
+            continue
+        model, facts, started = copy.deepcopy(dense), {}, time.time()
+        if arm[0].isdigit():
+            plan = run.prune_(model, train, replace(s, target=float(arm[:2]) / 100, z2=-1 if arm == PASS_2 else s.z2),
+                              first.curvature)
+            facts = {"removed": plan.removed(), "pruning_seconds": time.time() - started}
+        elif arm in RIVALS:
+            RIVALS[arm](model, train=train, s=s)
+        if arm == "original":
+            model = original
+        elif arm != "tuned" and "IMP" not in arm:        # whose rounds have retrained it
+            title = arm.replace("dense", "dense: go on").replace("%", "")
+            facts |= {"loss": run.fine_tune(model, train, run.recovery(s), title).loss}
+        measured(arm, model, test, s, **facts)
 
 
-def iterative(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> dict:
+def iterative(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
     """Half of the blocks' parameters as single zeros, recovery included (run.iterative_magnitude)."""
     weights = sum(weight.numel() for weight, _ in prune.zeros(model))
     run.iterative_magnitude(model, train, s, 0.5 * flops.parameters(model)["blocks"] / weights)
-    return {}
 
 
-def layer_by_layer(model: torch.nn.Module, **_) -> dict:
+def layer_by_layer(model: torch.nn.Module, **_) -> None:
     """What one would write first: of every matrix the same share of the smallest norms."""
     norms = prune.two_pass(model, z2=None).norms
     def plan(share: float) -> prune.Plan:
         cuts = {name: n.quantile(min(1.0, max(0.0, share))).item() for name, n in norms.items()}
         return replace(prune.two_pass(model, z2=None), cuts=cuts, keep=prune._even(model, norms, cuts, 8))
     prune.remove_(model, prune.target(0.35, plan, 0.0, 0.9))
-    return {}
 
 
-def fewer_layers(model: torch.nn.Module, **_) -> dict:
+def fewer_layers(model: torch.nn.Module, **_) -> None:
     """distil-whisper's way (Gandhi et al. 2023): of six decoder layers the first and the last stay."""
     stay = [0, len(model.decoder.blocks) - 1]
     model.decoder.blocks = torch.nn.ModuleList(model.decoder.blocks[i] for i in stay)
     model.dims = replace(model.dims, n_text_layer=len(stay))
     prune._align(model, [(1, head) for head in range(model.dims.n_text_head)])
-    return {}
 
 
-RIVALS = {"L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers, "IMP, 50% zeros": iterative}
+def taylor(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
+    """Molchanov et al. 2019, as Torch-Pruning's GroupTaylorImportance: a group is worth the sum of its (w g)^2, g the
+    gradient of the loss of 96 clips. That is n_j^2 with g^2 as the curvature."""
+    loader, n_targets = run.steps_of(train, replace(s, steps=1, batch=8, accumulate=12), 0)
+    run.backward(model, loader, n_targets[0], replace(s, accumulate=12))
+    squares = {name: p.grad.square() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    prune.remove_(model, prune.two_pass(model, z2=None, floor=0, curvature=squares, share=0.35))
+
+
+RIVALS = {"Taylor, 35%": taylor, "L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers,
+          "IMP, 50% zeros": iterative}
 
 
 class AdaptiveLasso(SparseGroupLasso):

@@ -1,10 +1,11 @@
 """prune.py's importance from curvature: Optimal Brain Damage where it is exact, what changes nothing, bad input; and
 readers solved anew, against torch's own least squares."""
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from test_prune import SMALL, both, difference, inputs, logits, make
+from test_prune import SMALL, SPEECH, difference, inputs, logits, make
 
 import prune
 
@@ -92,8 +93,11 @@ def test_curvature_from_before_removal_is_refused():
 
 # ------------------------------------------------------------------ readers solved anew
 
-def moments_of(model) -> dict[str, torch.Tensor]:
-    return prune.second_moments(model, lambda: logits(model))
+def without(model, keep: dict) -> torch.nn.Module:
+    """A copy of the model that has the groups of `keep` alone."""
+    plan = prune.two_pass(model, z1=-9, z2=None, floor=0)
+    plan.keep |= keep
+    return prune.remove_(copy.deepcopy(model), plan)
 
 
 def test_twins_are_removed_without_a_trace():
@@ -109,49 +113,55 @@ def test_twins_are_removed_without_a_trace():
                 for p, axis in group[:2]:
                     p[half[:, 1].flatten()] = p[half[:, 0].flatten()]
                 keep[name] = torch.zeros(n, dtype=torch.bool).index_fill_(0, half[:, 0].flatten(), True)
-    plan = prune.two_pass(model, z1=-9, z2=None, floor=0)
-    plan.keep |= keep
-    plain, fitted = prune.mask_(copy.deepcopy(model), plan), copy.deepcopy(model)
-    prune.refit_(fitted, plan, moments_of(model), ridge=1e-7)
-    prune.mask_(fitted, plan)
+    plain = without(model, keep)
+    fitted = prune.refit_(copy.deepcopy(plain), model, [inputs(model)], ridge=1e-7)
     assert difference(logits(plain), logits(model)) > 0.1
     assert difference(logits(fitted), logits(model)) < 1e-3
+    assert not any(m._forward_pre_hooks for m in fitted.modules())
 
 
 def test_against_torch_lstsq():
-    """Without a ridge, the new weights of one mlp.2 are those that torch.linalg.lstsq finds from the same inputs."""
-    model, name = make(SMALL), "encoder.blocks.1.mlp.2"
-    linear, seen = model.get_submodule(name), []
-    hook = linear.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
-    logits(model)
-    hook.remove()
-    x = torch.cat([x.flatten(0, -2) for x in seen]).double()             # 80 positions, so keep fewer than 80 inputs
-    plan = prune.two_pass(model, z1=-9, z2=None, floor=0)
-    plan.keep["encoder.blocks.1.mlp"] = stay = torch.arange(256) < 48
-    y = x @ linear.weight.detach().double().T + linear.bias.detach().double()
-    right = torch.linalg.lstsq(torch.cat([x[:, stay], torch.ones(len(x), 1)], 1), y).solution.T
-    before, stiff = linear.weight.detach().clone(), copy.deepcopy(model)
-    prune.refit_(stiff, plan, moments_of(model), ridge=1e9)
-    assert torch.allclose(stiff.get_submodule(name).weight, before, atol=1e-5), "the ridge holds the old weights"
-    prune.refit_(model, plan, moments_of(model), ridge=0)
-    assert torch.allclose(linear.weight[:, stay].double(), right[:, :-1], atol=1e-3)
-    assert torch.allclose(linear.bias.double(), right[:, -1], atol=1e-3)
-
-
-def test_refit_is_kept_by_removal_and_leaves_no_hooks():
-    """remove_ after refit_ is mask_ after refit_; the moments are sums of outer products, symmetric, the last entry the
-    number of positions; a forward that fails leaves nothing behind."""
+    """Without a ridge the new weights of a block's mlp.2 are those that torch.linalg.lstsq finds for what the reader
+    reads in the pruned model and what its residual stream lacks: cross-attention's share of it too."""
     model = make(SMALL)
-    moments = moments_of(model)
-    assert {name.rpartition(".")[2] for name in moments} == {"out", "2"} and len(moments) == 2 * 2 + 3 * 3
-    batch, tokens = inputs(model)[1].shape
-    assert moments["decoder.blocks.0.attn.out"][-1, -1] == batch * tokens
-    assert moments["encoder.blocks.0.mlp.2"][-1, -1] == batch * SMALL.n_audio_ctx
-    assert all(torch.equal(m, m.T) for m in moments.values())
-    plan = prune.two_pass(model, z1=-0.2, z2=None, curvature=curvature_of(model))
-    prune.refit_(model, plan, moments)
-    masked, removed = both(model, plan)
-    assert difference(logits(removed), logits(masked)) < 1e-5
-    with pytest.raises(ZeroDivisionError):
-        prune.second_moments(model, lambda: 1 / 0)
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    pruned = without(model, {"decoder.blocks.0.cross_attn.vo": torch.arange(64) % 32 < 16,
+                             "decoder.blocks.0.mlp": torch.arange(256) < 8})
+    old, new = model.decoder.blocks[0], pruned.decoder.blocks[0]
+    assert new.mlp[2].weight.shape == (64, 8)
+    prune.refit_(fitted := copy.deepcopy(pruned), model, [inputs(model)], ridge=0)
+    seen = {}
+    def keep(key):
+        return lambda _, inputs, *out: seen.update({key: (out or inputs)[0].detach()})
+    new.cross_attn.out.load_state_dict(fitted.decoder.blocks[0].cross_attn.out.state_dict())
+    hooks = [old.register_forward_hook(keep("x*")), new.mlp_ln.register_forward_pre_hook(keep("x")),
+             new.mlp[2].register_forward_pre_hook(keep("u"))]
+    logits(model), logits(pruned)
+    for hook in hooks:
+        hook.remove()
+    u, lacks = seen["u"].flatten(0, 1), (seen["x*"] - seen["x"]).flatten(0, 1)
+    right = torch.linalg.lstsq(torch.nn.functional.pad(u, (0, 1), value=1), lacks).solution.T
+    reader = fitted.decoder.blocks[0].mlp[2]
+    assert torch.allclose(reader.weight, right[:, :-1], atol=1e-3)
+    assert torch.allclose(reader.bias, right[:, -1], atol=1e-3)
+    stiff = prune.refit_(copy.deepcopy(pruned), model, [inputs(model)], ridge=1e9).decoder.blocks[0].mlp[2]
+    assert torch.allclose(stiff.weight, new.mlp[2].weight, atol=1e-5), "the ridge holds the old weights"
+
+
+def test_what_one_batch_says_two_say():
+    """The sums run over all batches, and the positions of a cut vocabulary and window are those of the model."""
+    model = prune.vocabulary_(prune.window_(make(SPEECH), 0.4), range(1000, 1040))
+    mels, ids = inputs(model)[0], torch.randint(1000, 1040, (2, 9))
+    pruned = without(model, {"encoder.blocks.0.mlp": torch.arange(256) < 64})
+    whole = prune.refit_(copy.deepcopy(pruned), model, [(mels, ids)])
+    parts = prune.refit_(copy.deepcopy(pruned), model, [(mels[:1], ids[:1]), (mels[1:], ids[1:])])
+    whole, parts, plain, of = (m.decoder.kept_logits(ids, m.encoder(mels)) for m in (whole, parts, pruned, model))
+    assert difference(whole, parts) < 1e-4
+    assert difference(whole, of) < 0.5 * difference(plain, of)
+
+
+@pytest.mark.parametrize("other, batches", [(SMALL, 0), (replace(SMALL, n_text_layer=1), 1)])
+def test_refit_of_no_pair(other, batches):
+    """Nothing to fit on, or a model that was not the other's before: one sentence."""
+    model = make(SMALL)
+    with pytest.raises(ValueError, match="refit_ needs"):
+        prune.refit_(make(other), model, [inputs(model)] * batches)

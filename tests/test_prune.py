@@ -1054,10 +1054,10 @@ def test_names_that_do_not_fit(tmp_path):
 # ------------------------------------------------------------------ copied alone
 
 def test_example_in_an_empty_folder(tmp_path):
-    """prune.py, alone in a folder, runs the ten lines that its docstring shows: by norms, then in rounds by cost."""
+    """prune.py, alone in a folder, runs the lines that its docstring shows: by norms, then by cost and fitted."""
     shutil.copy(prune.__file__, tmp_path)
-    lines = [line[4:] for line in prune.__doc__.splitlines() if line.startswith("    ")][:10]
-    assert lines[0] == "import prune, whisper" and lines[4].startswith("prune.save") and lines[9].startswith("prune.rem")
+    lines = [line[4:] for line in prune.__doc__.splitlines() if line.startswith("    ")][:9]
+    assert lines[0] == "import copy, prune, whisper" and lines[4].startswith("prune.save") and lines[8].startswith("prune.refit_")
     model = weaken(make(), 0.5)
     torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, tmp_path / "tiny.pt")
     given = """import torch

@@ -294,7 +294,7 @@ def test_english_only_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(whisper.model.TextDecoder, "forward", lambda self, x, *a, **k: (fed.append(x), forward(self, x, *a, **k))[1])
     made = []
     monkeypatch.setattr(run.Clips, "collate", lambda self, items: (made.append(collate(self, items)), made[-1])[1])
-    monkeypatch.setattr(run, "ROUNDS", (1.0,))
+    monkeypatch.setattr(run, "CALIBRATION", 8)
     monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # feeds zeros
     assert run.main([*QUICK, "--model", str(tmp_path / "tiny.en.pt"), "--language", "en", "--target", "0.3", "--precision", "fp32",
                      "--workers", "0", "--lr", "1e-3", "--out", str(tmp_path / "out")]) == 0
@@ -344,7 +344,7 @@ def in_child(arguments: list[str], before=lambda: None, save_every: float = -1) 
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
-        run.SAVE_EVERY, run.ROUNDS, run.announce = save_every, (0.5, 1.0), lambda *_: None
+        run.SAVE_EVERY, run.CALIBRATION, run.announce = save_every, 40, lambda *_: None
         before()
         code = run.main(arguments)
     finally:
@@ -527,7 +527,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     flags = [*GENTLE, "--importance", "curvature", "--penalty", "loss"]
     assert ended(in_child([*flags, "--batch", "8", "--out", str(tmp_path / "one")], keep_curvature)) == 0
     (tmp_path / "both.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport run\nimport test_run\n"
-                                      "run.ROUNDS = 0.5, 1.0\ntest_run.keep_curvature()\nsys.exit(run.main(sys.argv[1:]))\n")
+                                      "run.CALIBRATION = 40\ntest_run.keep_curvature()\nsys.exit(run.main(sys.argv[1:]))\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "both.py")]
     subprocess.run([*torchrun, *flags, "--batch", "4", "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
                    capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -582,18 +582,25 @@ def test_penalty_sets_in_over_the_first_half(tmp_path, monkeypatch):
     assert scales == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 6)
 
 
-def test_rounds_come_nearer_to_the_target(tmp_path, monkeypatch):
-    """Each round asks for its share of --target and refits before the next decides; the last plan asks for all of it."""
-    model, s, clips = small_run(tmp_path, "--target", "0.5", "--importance", "curvature")
-    shares, two_pass, refit_ = [], prune.two_pass, prune.refit_
-    monkeypatch.setattr(run, "ROUNDS", (0.5, 0.9))
-    monkeypatch.setattr(prune, "two_pass", lambda *a, **k: (shares.append(k["share"]), two_pass(*a, **k))[1])
-    monkeypatch.setattr(prune, "refit_", lambda *a: (shares.append("refit"), refit_(*a))[1])
+def test_pass_two_comes_last(tmp_path):
+    """prune_ removes what pass 1 names, fits the readers to the model before, and zeroes by what the weights are then."""
+    model, s, clips = small_run(tmp_path, "--target", "0.5", "--importance", "curvature", "--z2", "-0.5")
     curvature = {name: torch.rand_like(p) for name, p in model.named_parameters()}
-    gone, of = run.prune_(model, clips, s, curvature).removed()
+    cut, before = copy.deepcopy(model), copy.deepcopy(model)
+    prune.remove_(cut, prune.two_pass(cut, z2=None, floor=0, curvature=curvature, share=0.5))
+    plan = run.prune_(model, clips, s, curvature)
+    gone, of = plan.removed()
     assert gone / of == pytest.approx(0.5, abs=0.02)
-    assert shares == [0.5, pytest.approx(gone / of / 2, abs=0.01), "refit", pytest.approx(0.9 * gone / of, abs=0.01), "refit",
-                      pytest.approx(gone / of, abs=0.01)]
+    for name, (mean, std, threshold, kept, size) in plan.pass2.items():
+        w, old = model.get_parameter(f"{name}.weight"), cut.get_parameter(f"{name}.weight")
+        assert threshold == pytest.approx(mean - 0.5 * std) and (w != 0).sum() == kept and size == w.numel()
+        assert (w[w != 0].abs() >= threshold).all() and 0.05 < 1 - kept / size < 0.6
+        assert torch.equal(w, old * (old.abs() >= threshold)) == (not name.endswith((".out", ".mlp.2")))
+    mels, ids, _ = clips.collate([clips[i,] for i in range(8)])
+    apart = lambda m: (m.encoder(mels) - before.encoder(mels)).square().mean()
+    model_, s_ = copy.deepcopy(before), run.replace(s, z2=-99)
+    run.prune_(model_, clips, s_, curvature)
+    assert apart(model_) < 0.5 * apart(cut), "fitted to the model before"
 
 
 def test_decoding_processes_change_nothing(nano):
@@ -635,7 +642,7 @@ def test_transcribe_files(tmp_path, capsys):
 def test_rehearsal_on_tiny(tmp_path, monkeypatch):
     """Tiny's real dimensions, OpenAI's file format, 48 kHz mp3: a step of every phase, interrupted and resumed."""
     monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # slow here
-    monkeypatch.setattr(run, "ROUNDS", (1.0,))
+    monkeypatch.setattr(run, "CALIBRATION", 8)
     torch.set_num_threads(os.cpu_count())            # alone among these tests it has matrices for that
     try:
         out = rehearse("tiny", tmp_path, 1, ["--limit", "1", "--workers", "0", "--steps", "1", "--recovery-steps", "1", "--window", "3",
