@@ -125,6 +125,11 @@ class Plan:
                 left[p][axis] = int(keep.sum())
         return of - sum(map(math.prod, left.values())), of
 
+    @property
+    def share(self) -> float:
+        """Of the block parameters, what `remove_` takes away."""
+        return self.removed()[0] / self.removed()[1]
+
     def __str__(self) -> str:
         head = "{:35}{:>8}{:>8}{:>8}{:>10}{:>10}".format
         row = "{:35}{:8.4f}{:8.4f}{:8.4f}{:>10}{:>10,}".format
@@ -135,8 +140,7 @@ class Plan:
             lines.append(row(name, n.mean(), n.std(correction=0), self.cuts[name], kept, len(n)))
         lines += [head("pass 2: |w|", "mean", "std", "cut", "kept", "of")] if self.pass2 else []
         lines += [row(name, *numbers, f"{kept:,}", of) for name, (*numbers, kept, of) in self.pass2.items()]
-        gone, of = self.removed()
-        return "\n".join(lines + [f"removed {gone:,} of {of:,} block parameters ({gone / of:.1%})"])
+        return "\n".join(lines + ["removed {:,} of {:,} block parameters ({:.1%})".format(*self.removed(), self.share)])
 
 
 def units(model: Whisper) -> dict[str, Group]:
@@ -184,15 +188,15 @@ def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, h
     """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high. Sizes go
     in steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between
     what low and high remove."""
-    plans, reached = [plan_at(low), plan_at(high)], lambda plan: plan.removed()[0] / plan.removed()[1]
-    least, most = map(reached, plans)
+    plans = [plan_at(low), plan_at(high)]
+    least, most = (plan.share for plan in plans)
     if not least <= share <= most:
         raise ValueError(f"a share of {share} cannot be removed, only {least:.3f} to {most:.3f}; ask for one between")
-    while abs(reached(plans[-1]) - share) >= 0.001 and len(plans) < 22:
+    while abs(plans[-1].share - share) >= 0.001 and len(plans) < 22:
         middle = (low + high) / 2
         plans.append(plan_at(middle))
-        low, high = (middle, high) if reached(plans[-1]) < share else (low, middle)
-    return min(plans, key=lambda plan: abs(reached(plan) - share))
+        low, high = (middle, high) if plans[-1].share < share else (low, middle)
+    return min(plans, key=lambda plan: abs(plan.share - share))
 
 
 @torch.no_grad()

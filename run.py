@@ -116,20 +116,24 @@ def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
 
 
 def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
-    """Remove the groups of pass 1; unless it goes by norms, fit what reads from them to the model before; zero the
-    weights of pass 2."""
-    before, plan = copy.deepcopy(model), decide(model, s, curvature)
-    prune.remove_(model, replace(plan, pass2={}))
-    if s.importance == "curvature":
-        some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
-        some.sort(key=train.n_targets)           # alike in length, so that hardly a position is padding
-        clips = batches(train, s, [(i,) for i in some], 8)                  # not --batch: N processes agree
-        with mixed(s):
-            prune.refit_(model, before, [(mels.to(s.device), ids.to(s.device)) for mels, ids, _ in clips])
+    """Remove the groups of pass 1, then zero the weights of pass 2. Unless groups go by norms, what reads from them is
+    fitted to the model before; with --cuts above 1 first to a part of --target, so that the next cut decides on weights
+    that have adapted. The weights of (3) in prune.py are those of the cut, its curvature that of the first phase."""
+    before, target = copy.deepcopy(model), decide(model, s, curvature).share          # with --target 0, what z1 removes
+    cuts = s.cuts if s.importance == "curvature" else 1
+    some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
+    some.sort(key=train.n_targets)               # alike in length, so that hardly a position is padding
+    clips = batches(train, s, [(i,) for i in some], 8)                      # not --batch: N processes agree
+    for left in reversed(range(cuts)):
+        plan = decide(model, replace(s, target=target * (1 - (left / cuts) ** 2), z2=None), curvature)
+        (prune.mask_ if left else prune.remove_)(model, plan)
+        if s.importance == "curvature":
+            with mixed(s):
+                prune.refit_(model, before, [(mels.to(s.device), ids.to(s.device)) for mels, ids, _ in clips])
     pass2 = prune.two_pass(model, groups_of(model, s), z1=-99, z2=s.z2, floor=0)           # on the weights as they are
     prune.mask_(model, pass2)
-    gone, of = plan.removed()
-    say(s, f"{'tspar: two passes':<20}{gone:,} of {of:,} parameters in blocks ({gone / of:.1%}) removed")
+    say(s, f"{'tspar: two passes':<20}{plan.removed()[0]:,} of {plan.removed()[1]:,} parameters in blocks "
+           f"({plan.share:.1%}) removed")
     return replace(plan, pass2=pass2.pass2)
 
 
@@ -719,12 +723,12 @@ def start_folder(s: Settings, model: Whisper) -> None:
 
 EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
 
-# By width of the model. nano's row was chosen on its dev clips, base's importance and rounds on so762's (README); rate
+# By width of the model. nano's row was chosen on its dev clips, base's importance and cuts on so762's (README); rate
 # and steps of base fit an hour of speech. The others have not been run: rates scaled from base's by the highest rates
 # in pre-training (Radford et al. 2022, appendix F), steps and clips as fine-tuning on Common Voice usually takes them.
 OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
-          "target": 0.35}
-RECIPES = {128: {"lr": 1e-3, "steps": 500, "batch": 8, "vocabulary": "data", "target": 0.5, "workers": 0,
+          "target": 0.35, "cuts": 1}
+RECIPES = {128: {"lr": 1e-3, "steps": 500, "batch": 8, "vocabulary": "data", "target": 0.5, "cuts": 6, "workers": 0,
                  "precision": "fp32"},
            384: {"lr": 3.75e-5}, 512: {"lr": 2.5e-5, "steps": 250, "batch": 8}, 768: {"lr": 1.25e-5},
            1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
@@ -756,6 +760,7 @@ class Settings:
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1")
+    cuts: int = flag(None, "steps in which groups go, each fitted anew: more suit a small model (nano 6, others 1)")
     z1: float = flag(-0.25, "pass 1 with --target 0, standard deviations from the mean: higher removes more")
     z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
     split: str = flag("test", "clips to measure on: choose settings on dev, report on test", "test", "dev")
@@ -783,7 +788,7 @@ def settings(argv: list[str] | None) -> Settings:
         typed |= {"nargs": "+"} if f.type == "list" else {}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **typed)
     s = Settings(**vars(parser.parse_args(argv)))
-    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
+    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "cuts": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
         need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, so is refused
