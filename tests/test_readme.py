@@ -2,11 +2,13 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import prune
 import real
+import run
 
 ROOT = Path(prune.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -23,19 +25,33 @@ def test_tables_are_those_of_the_stored_results(mark, made):
 
 
 def test_figures_in_the_text_are_stored():
-    """What the adaptive penalty did, recovery, the embedding, the seeds of nano."""
-    for file in ("so762-0", "so762-0-embedding-trained"):
-        rows = real.results(real.RESULTS / f"{file}.json")
-        assert ", ".join(f"{rows[arm]['wer']:.1f}%" for arm in ("dense", "35%", "50%")) in README
+    """The embedding, the second seed, the rivals' distance, refitting, the adaptive penalty, the seeds of nano."""
+    text, rows = " ".join(README.split()), {path.stem: real.results(path) for path in real.RESULTS.glob("*.json")}
+    for name, language in (("so762-0", "English"), ("hi_kokoro-0", "Hindi")):
+        now, trained = (rows[name + more]["dense"]["wer"] for more in ("", "-embedding-trained"))
+        assert f"{now:.1f}% WER instead of {trained:.1f}% in {language}".replace(" WER", " WER" * (name[0] == "s")) in text
+
+    def distance(file: str, arm: str, other: str) -> tuple[float, float, float]:
+        a, b = rows[file][arm], rows[file][other]
+        return a["wer"] - b["wer"], *run.interval(np.subtract(a["errors"], b["errors"]), b["words"], 0)
+
+    for arm in ("35%", "50%"):
+        wer, (more, low, high) = rows["so762-1"][arm]["wer"], distance("so762-1", arm, "dense")
+        assert f"{arm} removed {wer:.1f}% ({more:+.1f}, {low:+.1f} to {high:+.1f})" in text
+    assert f"so762's seed 1: dense {rows['so762-1']['dense']['wer']:.1f}%" in text
+    less, low, high = distance("so762-0", "fewer layers", "35%")
+    assert f"{less:.1f} points less WER than fewer layers ({low:.1f} to {high:.1f})" in text
+    more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
+    assert f"{more:.1f} points more than half zero ({low:+.1f} to {high:+.1f})" in text
     for name in ("dense", "tspar"):
-        wer = [row[f"{name} test"] for row in real.results(real.RESULTS / "nano-seeds.json")]
-        assert f"{name} {min(wer):.1f} to {max(wer):.1f}%" in README
-    rows = real.results(real.RESULTS / "penalties.json")
+        wer = [row[f"{name} test"] for row in rows["nano-seeds"]]
+        assert f"{name} {min(wer):.1f} to {max(wer):.1f}%" in text
     for key in ("whole", "35%", "50%"):
-        assert f"{rows['adaptive'][key]:.3f} instead of {rows['none'][key]:.3f}" in README
-    for row in real.results(real.RESULTS / "recovery.json").values():
-        if isinstance(row, dict):
-            assert f"{row['cross_entropy']:.3f}".rstrip("0") in README
+        assert f"{rows['penalties']['adaptive'][key]:.3f} instead of {rows['penalties']['none'][key]:.3f}" in text
+    stored = {f"{row['cross_entropy']:.3f}" for row in rows["refit"].values() if isinstance(row, dict)}
+    told = text[text.index("**What reads from"):text.index("**The penalty is off")]
+    told = set(re.findall(r"\d\.\d{3}", told))
+    assert told <= stored and len(told) > 10
 
 
 def test_stored_results_hold_no_texts():
