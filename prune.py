@@ -1,4 +1,4 @@
-"""Two passes of mean/std pruning for openai-whisper, and real removal: smaller, faster, the same function.
+"""Two passes of mean/std pruning for openai-whisper, and real removal: smaller, faster, what the masked model computes.
 
     import copy, prune, whisper
     model = whisper.load_model("tiny")        # or the path of a .pt file
@@ -22,8 +22,8 @@ its bias, row j of key, which has no bias). With n_j the root mean square of the
     pass 1   group j goes    where  n_j < max(floor * mean(n), mean(n) + z1 * std(n))                (1)
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
-Pass 1 takes mean and std (dividing by n, not n - 1) over all groups of one side, encoder or decoder; if a share to
-remove is given, z1 is the one that removes it. Pass 2 takes them matrix by matrix, biases left alone, and afresh, so
+Pass 1 takes mean and std (dividing by n, not n - 1) over all groups of one side, encoder or decoder, or (with
+curvature, below) of the whole model; if a share to remove is given, z1 is the one that removes it. Pass 2 takes them matrix by matrix, biases left alone, and afresh, so
 that what pass 1 removed does not shift them.
 
 But the loss can hang on small weights and hardly notice large ones; in a Whisper that OpenAI trained it does. So n_j
@@ -34,17 +34,17 @@ may instead be what removing the group costs. To second order, setting its weigh
 where the gradient vanishes, as it does at a minimum, and the diagonal h stands for the whole Hessian H (Optimal Brain
 Damage: LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is about the mean squared gradient, which
 Adam keeps. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), the root of twice (3): the cost of the
-whole group, so divided by no size, and the same after value is multiplied by a and out by 1/a. (1) then takes mean
-and std over the whole model.
+whole group, so divided by no size, and the same after value is multiplied by a and out by 1/a. (A clipped gradient
+of a mean over a batch changes all n_j by one factor, which (1) does not see.)
 
 Last, the plan is evened (`_even`): whisper splits the rows of an attention into heads of one width, PyTorch fuses
 attention on a CPU only if query/key and value are equally wide, and dense kernels like multiples of 8. So all heads of
 an attention keep as many dimensions, of query/key and of value, as the head that keeps most, rounded up; the best of
 those under the cut fill up the others. Neurons and columns are rounded up too. A head without value dimensions adds
-nothing and goes whole; one without query/key dimensions still averages its values and stays. At least one head, and
-one group, always stays.
+nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and
+`multiple` neurons, always stay.
 `mask_` writes zeros, which defines what a plan is; `remove_` cuts, to the same function (query is scaled, as whisper
-divides by sqrt(head width)). After that, `refit_` can give out and mlp.2, which read what went, new weights (4).
+divides by sqrt(head width)). After that, `refit_` can give out and mlp.2, which read what went, new weights: (4) there.
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
@@ -244,14 +244,14 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
 
 @torch.no_grad()
 def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]], ridge: float = 0.1) -> Whisper:
-    """After remove_: give out and mlp.2, which read what went, the weights with which the model follows best what it
-    was `before`. From the first layer to the last, so that each also makes up for what the earlier ones lack: with x,
+    """After remove_ or mask_: give every out and mlp.2 the weights with which the model follows best what it was
+    `before`. From the first layer to the last, so that each also makes up for what the earlier ones lack: with x,
     x* the residual streams of model and before, f* a sublayer of before, u what its reader reads in model,
 
         W, b = argmin sum |x* + f*(x*) - x - W u - b|^2 + r |(W, b) - (W_0, b_0)|^2, r = ridge * mean_i sum u_i^2 (4)
 
-    over all positions of batches, (mels (B, n_mels, frames), ids (B, T)); of the encoder's, some 128 a clip, evenly
-    spread. Returns the model. Raises ValueError without batches, or if the two are no such pair."""
+    over all positions of batches, (mels (B, n_mels, frames), ids (B, T): prompt and text, padded); of the encoder's,
+    128 to 255 a clip, evenly spread. Both streams of all clips are kept: 8 bytes a position and channel. Returns the model. Raises ValueError without batches, or if the two are no such pair."""
     shapes = [{name: p.shape for name, p in _parameters(m).items() if name.endswith("mlp.2.bias")}
               for m in (before, model)]
     if not batches or shapes[0] != shapes[1]:

@@ -1,4 +1,4 @@
-"""TSPAR from end to end: fine-tune Whisper with a Sparse Group LASSO, prune it in two passes, measure what is left.
+"""TSPAR from end to end: fine-tune Whisper, prune it in two passes, recover, measure what is left.
 
     python run.py                                       # embedded Hindi corpus and nano checkpoint: minutes, 2 cores
     python run.py --model small --data cv11_hi          # the paper's experiment: Common Voice 11.0 Hindi
@@ -116,9 +116,9 @@ def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
 
 
 def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
-    """Remove the groups of pass 1, then zero the weights of pass 2. Unless groups go by norms, what reads from them is
-    fitted to the model before; with --cuts above 1 first to a part of --target, so that the next cut decides on weights
-    that have adapted. The weights of (3) in prune.py are those of the cut, its curvature that of the first phase."""
+    """Remove the groups of pass 1; unless they go by norms, fit what reads them to the model before; then zero the
+    weights of pass 2. More than one of --cuts go to --target in steps, so that the next decides on weights that have
+    adapted: the w of (3) in prune.py are those of the cut, its h is that of the first phase."""
     before, target = copy.deepcopy(model), decide(model, s, curvature).share          # with --target 0, what z1 removes
     cuts = s.cuts if s.importance == "curvature" else 1
     some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
@@ -788,7 +788,8 @@ def settings(argv: list[str] | None) -> Settings:
         typed |= {"nargs": "+"} if f.type == "list" else {}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **typed)
     s = Settings(**vars(parser.parse_args(argv)))
-    limits = {"batch": (1, math.inf), "accumulate": (1, math.inf), "cuts": (1, math.inf), "target": (0, 1), "z1": (-99, 99), "z2": (-99, 99)}
+    limits = dict.fromkeys(("batch", "accumulate", "cuts"), (1, math.inf)) | {"target": (0, 1)}
+    limits |= dict.fromkeys(("z1", "z2"), (-99, 99))
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
         need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, so is refused

@@ -48,7 +48,8 @@ def test_figures_in_the_text_are_stored():
         assert f"{name} {min(wer):.1f} to {max(wer):.1f}%" in text
     for key in ("whole", "35%", "50%"):
         assert f"{rows['penalties']['adaptive'][key]:.3f} instead of {rows['penalties']['none'][key]:.3f}" in text
-    stored = {f"{row['cross_entropy']:.3f}" for row in rows["refit"].values() if isinstance(row, dict)}
+    stored = {f"{row['cross_entropy']:.3f}" for name in ("refit", "recovery") for row in rows[name].values()
+              if isinstance(row, dict)}
     told = text[text.index("**What reads from"):text.index("**The penalty is off")]
     told = set(re.findall(r"\d\.\d{3}", told))
     assert told <= stored and len(told) > 10
