@@ -1,4 +1,4 @@
-"""Two passes of mean/std pruning for openai-whisper, and real removal: smaller, faster, what the masked model computes.
+"""Two passes of mean/std pruning for openai-whisper, and real removal: smaller and faster, as if masked.
 
     import copy, prune, whisper
     model = whisper.load_model("tiny")        # or the path of a .pt file
@@ -23,8 +23,8 @@ its bias, row j of key, which has no bias). With n_j the root mean square of the
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
 Pass 1 takes mean and std (dividing by n, not n - 1) over all groups of one side, encoder or decoder, or (with
-curvature, below) of the whole model; if a share to remove is given, z1 is the one that removes it. Pass 2 takes them matrix by matrix, biases left alone, and afresh, so
-that what pass 1 removed does not shift them.
+curvature, below) of the whole model; if a share to remove is given, z1 is the one that removes it. Pass 2 takes them
+matrix by matrix, biases left alone, and afresh, so that what pass 1 removed does not shift them.
 
 But the loss can hang on small weights and hardly notice large ones; in a Whisper that OpenAI trained it does. So n_j
 may instead be what removing the group costs. To second order, setting its weights to zero raises the loss L by
@@ -41,10 +41,9 @@ Last, the plan is evened (`_even`): whisper splits the rows of an attention into
 attention on a CPU only if query/key and value are equally wide, and dense kernels like multiples of 8. So all heads of
 an attention keep as many dimensions, of query/key and of value, as the head that keeps most, rounded up; the best of
 those under the cut fill up the others. Neurons and columns are rounded up too. A head without value dimensions adds
-nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and
-`multiple` neurons, always stay.
-`mask_` writes zeros, which defines what a plan is; `remove_` cuts, to the same function (query is scaled, as whisper
-divides by sqrt(head width)). After that, `refit_` can give out and mlp.2, which read what went, new weights: (4) there.
+nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and `multiple`
+neurons, always stay. `mask_` writes zeros, which defines the plan; `remove_` cuts, to the same function (query is
+scaled, as whisper divides by sqrt(head width)). After that `refit_` can give what read the removed new weights (4).
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
@@ -140,7 +139,8 @@ class Plan:
             lines.append(row(name, n.mean(), n.std(correction=0), self.cuts[name], kept, len(n)))
         lines += [head("pass 2: |w|", "mean", "std", "cut", "kept", "of")] if self.pass2 else []
         lines += [row(name, *numbers, f"{kept:,}", of) for name, (*numbers, kept, of) in self.pass2.items()]
-        return "\n".join(lines + ["removed {:,} of {:,} block parameters ({:.1%})".format(*self.removed(), self.share)])
+        lines.append("removed {:,} of {:,} block parameters ({:.1%})".format(*self.removed(), self.share))
+        return "\n".join(lines)
 
 
 def units(model: Whisper) -> dict[str, Group]:
@@ -251,7 +251,8 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
         W, b = argmin sum |x* + f*(x*) - x - W u - b|^2 + r |(W, b) - (W_0, b_0)|^2, r = ridge * mean_i sum u_i^2 (4)
 
     over all positions of batches, (mels (B, n_mels, frames), ids (B, T): prompt and text, padded); of the encoder's,
-    128 to 255 a clip, evenly spread. Both streams of all clips are kept: 8 bytes a position and channel. Returns the model. Raises ValueError without batches, or if the two are no such pair."""
+    128 to 255 a clip, evenly spread. Both streams of all clips are kept: 8 bytes a position and channel. Returns the
+    model. Raises ValueError without batches, or if the two are no such pair."""
     shapes = [{name: p.shape for name, p in _parameters(m).items() if name.endswith("mlp.2.bias")}
               for m in (before, model)]
     if not batches or shapes[0] != shapes[1]:

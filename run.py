@@ -119,7 +119,7 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
     """Remove the groups of pass 1; unless they go by norms, fit what reads them to the model before; then zero the
     weights of pass 2. More than one of --cuts go to --target in steps, so that the next decides on weights that have
     adapted: the w of (3) in prune.py are those of the cut, its h is that of the first phase."""
-    before, target = copy.deepcopy(model), decide(model, s, curvature).share          # with --target 0, what z1 removes
+    before, target = copy.deepcopy(model), decide(model, s, curvature).share         # with --target 0, what z1 removes
     cuts = s.cuts if s.importance == "curvature" else 1
     some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
     some.sort(key=train.n_targets)               # alike in length, so that hardly a position is padding
