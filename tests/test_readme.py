@@ -48,6 +48,11 @@ def test_figures_in_the_text_are_stored():
         assert f"{name} {min(wer):.1f} to {max(wer):.1f}%" in text
     for key in ("whole", "35%", "50%"):
         assert f"{rows['penalties']['adaptive'][key]:.3f} instead of {rows['penalties']['none'][key]:.3f}" in text
+    whole, small = rows["latency"]["as OpenAI made it, 30 s"], rows["latency"]["hi_kokoro-0 50%"]
+    assert "encodes {:.1f} and decodes {:.1f} times as fast".format(
+        *(whole[part] / small[part] for part in ("encoder", "greedy"))) in text
+    beam = [rows["same-texts"][data]["beam 5"] for data in ("hi_kokoro", "so762")]
+    assert "compete, {} in Hindi, {} in English".format(*beam) in text
     stored = {f"{row['cross_entropy']:.3f}" for name in ("refit", "recovery") for row in rows[name].values()
               if isinstance(row, dict)}
     told = text[text.index("**What reads from"):text.index("**The penalty is off")]
