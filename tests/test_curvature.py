@@ -148,12 +148,17 @@ def test_against_torch_lstsq():
 
 
 def test_what_one_batch_says_two_say():
-    """The sums run over all batches, and the positions of a cut vocabulary and window are those of the model."""
-    model = prune.vocabulary_(prune.window_(make(SPEECH), 0.4), range(1000, 1040))
+    """The sums run over all batches; with a cut window and vocabulary too, which reads the same rows as without."""
+    full = prune.window_(make(SPEECH), 0.4)
+    model = prune.vocabulary_(copy.deepcopy(full), range(1000, 1040))
     mels, ids = inputs(model)[0], torch.randint(1000, 1040, (2, 9))
-    pruned = without(model, {"encoder.blocks.0.mlp": torch.arange(256) < 64})
+    keep = {f"{side}.blocks.0.mlp": torch.arange(256) < 64 for side in ("encoder", "decoder")}
+    pruned = without(model, keep)
     whole = prune.refit_(copy.deepcopy(pruned), model, [(mels, ids)])
     parts = prune.refit_(copy.deepcopy(pruned), model, [(mels[:1], ids[:1]), (mels[1:], ids[1:])])
+    uncut = prune.refit_(without(full, keep), full, [(mels, ids)])
+    for block, same in zip(whole.decoder.blocks, uncut.decoder.blocks):
+        assert torch.allclose(block.mlp[2].weight, same.mlp[2].weight, atol=1e-4)
     whole, parts, plain, of = (m.decoder.kept_logits(ids, m.encoder(mels)) for m in (whole, parts, pruned, model))
     assert difference(whole, parts) < 1e-4
     assert difference(whole, of) < 0.5 * difference(plain, of)
