@@ -341,7 +341,8 @@ def tradeoff() -> None:
         axis.errorbar(x, y, np.transpose(error), fmt="o-" if drawn is tspar_arms else "s", color=color, capsize=3)
         for arm, left, top in zip(drawn, x, y):
             axis.annotate(f"TSPAR {arm}" if arm[0].isdigit() else arm, (left, top), color=color,
-                          xytext=(7, -16 if drawn is not tspar_arms else 7), textcoords="offset points")
+                          ha="left" if drawn is tspar_arms else "right", textcoords="offset points",
+                          xytext=(7, 7) if drawn is tspar_arms else (-7, 4))
     axis.set(xlabel="encoding a clip of 8 s and decoding 24 tokens, ms on 2 CPU cores", ylabel="WER, %")
     axis.set_title(f"off the scale: {', '.join(far)}" if far else "", fontsize=9, loc="right")
     axis.margins(0.2, 0.15)
