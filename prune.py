@@ -34,8 +34,8 @@ may instead be what removing the group costs. To second order, setting its weigh
 where the gradient vanishes, as it does at a minimum, and the diagonal h stands for the whole Hessian H (Optimal Brain
 Damage: LeCun, Denker, Solla 1990). Near a minimum of the cross-entropy h_i is about the mean squared gradient, which
 Adam keeps. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), the root of twice (3): the cost of the
-whole group, so divided by no size, and the same after value is multiplied by a and out by 1/a. (A clipped gradient
-of a mean over a batch changes all n_j by one factor, which (1) does not see.)
+whole group, so divided by no size, and the same after value is multiplied by a and out by 1/a. (Adam sees
+clipped means over a batch, which changes all n_j by about one factor; (1) does not see that.)
 
 Last, the plan is evened (`_even`): whisper splits the rows of an attention into heads of one width, PyTorch fuses
 attention on a CPU only if query/key and value are equally wide, and dense kernels like multiples of 8. So all heads of
