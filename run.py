@@ -724,9 +724,9 @@ def start_folder(s: Settings, model: Whisper) -> None:
 EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
 
 # By width of the model. nano's row was chosen on its dev clips (its steps on test), base's importance and cuts on
-# so762's (README); rate and steps of base fit an hour of speech. The others have not been run: rates scaled from base's
-# by the highest rates in pre-training (Radford et al. 2022, appendix F), steps and clips as fine-tuning on Common Voice
-# usually takes them.
+# so762's (README); rate and steps of base fit an hour of speech. The others have not been run: rates scaled from
+# base's by the highest rates in pre-training (Radford et al. 2022, appendix F), steps and clips as fine-tuning on
+# Common Voice usually takes them.
 OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
           "target": 0.35, "cuts": 1}
 RECIPES = {128: {"lr": 1e-3, "steps": 300, "recovery_steps": 700, "batch": 8, "vocabulary": "data", "target": 0.5,
