@@ -40,6 +40,7 @@ shapes save, so `table` shows "removed" and "zeros" apart, and `sparse_storage` 
     37,184,640
 """
 import ctypes
+import gc
 import math
 import multiprocessing
 import statistics
@@ -344,6 +345,8 @@ def _high_water(call: Callable, send) -> None:
     never touched (not resident); every later block of a page or more is a mapping, gone when it is freed.
     """
     torch.set_num_threads(1)                            # OpenMP's threads do not survive a fork
+    gc.collect()                                        # the parent's garbage, collected during call(), would make room
+    gc.disable()
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]

@@ -1,4 +1,5 @@
 """What flops.py counts: numbers worked by hand, invariants, and PyTorch's own counter as the oracle."""
+import gc
 import random
 import shutil
 import subprocess
@@ -524,6 +525,21 @@ def test_high_water_beside_many_holes():
     blocks = blocks[::2]
     peak = flops._peak(lambda: [torch.ones(25_000) for _ in range(400)], torch.device("cpu"))
     assert peak == pytest.approx(40e6, rel=0.05) and len(blocks) == 400
+
+
+@linux_only
+def test_high_water_beside_garbage():
+    """A cycle of the parent's that is collected in the middle of the measured call makes no room for it."""
+    ring, turn = [torch.ones(10**7)], iter(range(2))
+    ring.append(ring)
+    del ring
+
+    def call():
+        if next(turn):
+            gc.collect()
+        return torch.ones(10**7)
+
+    assert flops._peak(call, torch.device("cpu")) == pytest.approx(40e6, rel=0.01)
 
 
 @linux_only
