@@ -341,23 +341,26 @@ def _peak(call: Callable, device: torch.device) -> int | None:
 def _high_water(call: Callable, send) -> None:
     """In the child: send the most memory resident during call(), less what is resident before it.
 
-    The heap would hide allocations in holes the parent left. So its holes are filled with blocks that are
-    never touched (not resident); every later block of a page or more is a mapping, gone when it is freed.
+    The heap would hide allocations in holes: those the parent left, those its garbage leaves when collected, and
+    those of buffers that the kernels trade for others when call() runs first. So garbage goes now, and holes are
+    filled, before that first time and after, with blocks that are never touched (not resident); every later block
+    of a page or more is a mapping, gone when it is freed.
     """
     torch.set_num_threads(1)                            # OpenMP's threads do not survive a fork
-    gc.collect()                                        # the parent's garbage, collected during call(), would make room
+    gc.collect()
     gc.disable()
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     libc.mallopt(-3, 4096)                              # M_MMAP_THRESHOLD
-    for size in (2**n for n in range(30, 11, -1)):
-        for _ in range(10_000):                         # a block from a hole is kept
-            block = libc.malloc(size)
-            if not block or ctypes.c_size_t.from_address(block - 8).value & 2:      # glibc: mapped, no holes left
-                break
-        libc.free(block)
-    call()                                              # fills buffers that the kernels keep
+    for first in (call, lambda: None):
+        for size in (2**n for n in range(30, 11, -1)):
+            for _ in range(10_000):                     # a block from a hole is kept
+                block = libc.malloc(size)
+                if not block or ctypes.c_size_t.from_address(block - 8).value & 2:      # glibc: mapped, no holes left
+                    break
+            libc.free(block)
+        first()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")                                 # VmHWM starts again from VmRSS
     before = _status("VmRSS")
