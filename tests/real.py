@@ -34,6 +34,7 @@ import tspar
 from tspar import SparseGroupLasso
 
 RESULTS, ARMS = ROOT / "tests/data/real", (0.35, 0.5, 0.65)
+ORIGINAL = {"original": 8, "original, 30 s": None}   # no step taken; arm -> window in seconds
 PASS_2 = "35%, with pass 2"                          # at z2 = -1, run.py's default; the other arms have pass 1 alone
 RATES = {"so762": 2.5e-5, "hi_kokoro": 5e-5}
 VOCABULARY = {"so762": "full", "hi_kokoro": "data"}                  # English needs more than an hour's words
@@ -92,12 +93,12 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
             facts = {"removed": plan.removed(), "pruning_seconds": time.time() - started}
         elif arm in RIVALS:
             RIVALS[arm](model, train=train, s=s)
-        if arm == "original":
-            model = original
+        if arm in ORIGINAL:
+            model = run.load_model(replace(s, window=ORIGINAL[arm]))
         elif arm != "tuned" and "IMP" not in arm:        # whose rounds have retrained it
             title = arm.replace("dense", "dense: go on").replace("%", "")
             facts |= {"loss": run.fine_tune(model, train, run.recovery(s), title).loss}
-        measured(arm, model, test, s, **facts)
+        measured(arm, model, test if arm not in ORIGINAL else run.load_clips(model, "test", s), s, **facts)
 
 
 def iterative(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
@@ -133,7 +134,17 @@ def taylor(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
     prune.remove_(model, prune.two_pass(model, z2=None, floor=0, curvature=squares, share=0.35))
 
 
-RIVALS = {"Taylor, 35%": taylor, "L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers,
+def paper(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
+    """TSPAR in the paper's words: the penalty in the loss of the first phase, columns by their norms, side by side;
+    pass 2 at run.py's z2."""
+    s = replace(s, penalty="loss", groups="column", importance="norm", target=0.35, z2=-1)
+    model.load_state_dict(run.prepared(run.load_model(s), train, s).state_dict())
+    penalty = SparseGroupLasso(run.groups_of(model, s), s.l1, s.l1, s.l2, s.l2, relative=True)
+    run.fine_tune(model, train, s, "paper: fine-tune", penalty)
+    run.prune_(model, train, s, {})
+
+
+RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers,
           "IMP, 50% zeros": iterative}
 
 
