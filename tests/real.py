@@ -6,7 +6,7 @@
     python tests/real.py FOLDER hi_kokoro hi 0
     python tests/real.py FOLDER penalties           # what a penalty in the first phase is worth, on so762's dev clips
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
-    python tests/real.py table                      # README.md's, as are rivals, claims, penalty_table: from RESULTS
+    python tests/real.py tables                     # README.md's and that of the penalties, from RESULTS
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png, tradeoff.png
 
 First phase and dense model are trained once; each percentage is pruned from that first phase and recovers for as
@@ -269,6 +269,23 @@ def line(name: str, key: str, row: dict, dense: dict) -> str:
             f"| {x['greedy']:.0f} ms | {rates} |")
 
 
+def seeds() -> str:
+    """What the order of the clips and the augmentation change. The mean's interval draws clips, each with all seeds."""
+    lines = ["| | seed 0 | seed 1 | seed 2 | mean (95%) |", "|---|---:|---:|---:|---:|"]
+    for data, name in (("so762", "English (so762)"), ("hi_kokoro", "Hindi (hi_kokoro)")):
+        runs = [results(RESULTS / f"{data}-{seed}.json") for seed in range(3)]
+        for arm, label in (("dense", f"**{name}**: dense"), ("35%", "35% removed, WER - dense"),
+                           ("50%", "50% removed, WER - dense")):
+            errors = [np.subtract(rows[arm]["errors"], arm != "dense" and rows["dense"]["errors"]) for rows in runs]
+            words, text = np.array(runs[0]["dense"]["words"]), "{:.1f}%" if arm == "dense" else "{:+.1f}"
+            ends = text.replace("%", "").format
+            low, high = run.interval(sum(errors), len(errors) * words, 0)
+            each = [100 * e.sum() / words.sum() for e in errors]
+            lines.append(f"| {label} | " + " | ".join(map(text.format, [*each, np.mean(each)]))
+                         + f" ({ends(low)} to {ends(high)}) |")
+    return "\n".join(lines)
+
+
 def rivals() -> str:
     """What else one would do with as many steps, beside TSPAR."""
     rows = results(RESULTS / "so762-0.json")
@@ -363,8 +380,8 @@ def tradeoff() -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    if sys.argv[1] in ("table", "rivals", "claims", "penalty_table"):
-        print(globals()[sys.argv[1]]())
+    if sys.argv[1] == "tables":
+        print("\n\n".join(made() for made in (table, seeds, rivals, claims, penalty_table)))
     elif sys.argv[1] == "picture":
         picture(Path(sys.argv[2]))
         tradeoff()

@@ -73,7 +73,7 @@ def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
         seconds.append(time.perf_counter() - started)
         return loss
     run.backward = timed
-    run.decoding = lambda *given: run.replace(decoding(*given), sample_len=8)         # random weights would never come to an end
+    run.decoding = lambda *given: run.replace(decoding(*given), sample_len=2)         # random weights would never come to an end
     try:
         assert run.main(arguments) == 130, "interrupted"
         assert run.main([*arguments, "--resume"]) == 0, "resumed to the end"

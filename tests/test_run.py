@@ -296,7 +296,7 @@ def test_english_only_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(run.Clips, "collate", lambda self, items: (made.append(collate(self, items)), made[-1])[1])
     monkeypatch.setattr(run, "CALIBRATION", 8)
     decoding = run.decoding                      # random weights would never come to an end
-    monkeypatch.setattr(run, "decoding", lambda *given: run.replace(decoding(*given), sample_len=8))
+    monkeypatch.setattr(run, "decoding", lambda *given: run.replace(decoding(*given), sample_len=2))
     monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # feeds zeros
     assert run.main([*QUICK, "--model", str(tmp_path / "tiny.en.pt"), "--language", "en", "--target", "0.3", "--precision", "fp32",
                      "--workers", "0", "--lr", "1e-3", "--out", str(tmp_path / "out")]) == 0
