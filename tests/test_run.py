@@ -92,6 +92,59 @@ def test_objective_is_the_stock_softmax(cut):
         assert torch.allclose(run.objective(model, (mels, inputs, targets), s), stock, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_distilled_objective_by_hand(cut):
+    """Sum over the targets of sum_v p log(p / q), p of the teacher, q of the model: PyTorch's Categorical says the same."""
+    model, teacher = prune.load(NANO), prune.load(NANO)
+    clips, s = run.Clips(MINI, "dev", model, TOKENIZER, limit=4), run.Settings(vocabulary="data", device="cpu")
+    for m in (model, teacher) if cut else ():
+        run.prepared(m, clips, s)
+    batch = mels, inputs, targets = clips.collate([clips[i,] for i in range(4)])
+    assert run.objective(model, batch, s, teacher).item() == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        model.encoder.ln_post.weight.mul_(0.3)
+    q, p = (torch.distributions.Categorical(logits=m(mels, inputs)[targets >= 0].double()) for m in (model, teacher))
+    if cut:                                      # -inf less -inf is no number, and adds nothing
+        q, p = (torch.distributions.Categorical(logits=d.logits[:, model.decoder.kept_ids]) for d in (q, p))
+    divergence = torch.distributions.kl_divergence(p, q).sum()
+    assert divergence > 1
+    loss = run.objective(model, batch, s, teacher)
+    assert loss.item() == pytest.approx(divergence.item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_retold_clips(tmp_path):
+    """Every clip twice: as before, then with tokens the teacher drew, which differ, fit, and come again with the seed."""
+    teacher, s, clips = small_run(tmp_path, "--vocabulary", "data")
+    run.prepared(teacher, clips, s)
+    both, again = (run.retold(clips, teacher, s) for _ in range(2))
+    n = len(clips)
+    assert len(both) == 2 * n and clips.teacher is None and both.teacher is teacher and both.tokens == again.tokens
+    assert both.tokens[:n] == clips.tokens and both.tokens[n:] != clips.tokens
+    for i in range(n):
+        mel, tokens = both[n + i,]
+        assert torch.equal(mel, clips[i,][0]) and tokens[:4] == clips.tokens[i][:4] and tokens[-1] == TOKENIZER.eot
+        assert all(t < TOKENIZER.eot and teacher.decoder.row_of[t] >= 0 for t in tokens[4:-1])
+    assert max(map(len, both.tokens)) <= max(map(len, clips.tokens))
+    assert run.retold(clips, teacher, run.replace(s, seed=1)).tokens != both.tokens
+
+
+def test_recovery_follows_the_teacher(tmp_path):
+    """With retold clips the gradient of a step is that of the divergence, of all its batches."""
+    model, s, clips = small_run(tmp_path, "--batch", "2", "--accumulate", "2", "--steps", "1")
+    both = run.retold(clips, copy.deepcopy(model), s)
+    with torch.no_grad():
+        model.decoder.ln.weight.mul_(0.9)
+    loader, n_targets = run.steps_of(both, s, 0)
+    first = [next(loader) for _ in range(2)]
+    assert n_targets[0] == sum((targets >= 0).sum() for _, _, targets in first)
+    wanted = sum(run.objective(model, batch, s, both.teacher) for batch in first) / n_targets[0]
+    assert run.backward(model, iter(first), n_targets[0], s, both.teacher) == pytest.approx(wanted.item(), rel=1e-5)
+    phase = run.fine_tune(model, both, s, "test")
+    assert phase.losses == pytest.approx([wanted.item()], rel=1e-3)
+
+
 def small_run(tmp_path: Path, *flags: str) -> tuple:
     """A model, its settings with a folder for states, and a few train clips."""
     model = prune.load(NANO)
@@ -372,7 +425,8 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def quick(penalty: str, out: Path) -> list[str]:
     """A run of a few steps that prunes by the curvature of its first phase: no bit of it may get lost."""
-    return [*QUICK, "--importance", "curvature", "--penalty", penalty, "--out", str(out)]
+    distill = "on" if penalty == "none" else "off"
+    return [*QUICK, "--importance", "curvature", "--penalty", penalty, "--distill", distill, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -509,7 +563,7 @@ def test_a_killed_decoding_process_is_one_line(tmp_path, capfd):
     assert len(err) == 1 and "worker" in err[0]
 
 
-GENTLE = ["--lr", "3e-5", "--steps", "3", "--recovery-steps", "3", "--limit", "12"]
+GENTLE = ["--lr", "3e-5", "--steps", "3", "--recovery-steps", "3", "--limit", "12", "--distill", "on"]
 
 
 def keep_curvature() -> None:
