@@ -140,10 +140,10 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
 
 @torch.no_grad()
 def retold(train: Clips, teacher: Whisper, s: Settings) -> Clips:
-    """What tspar recovers on: each clip twice, with its sentence and with what the teacher writes at temperature 1.5,
-    where the loss is the distance from the teacher's distributions (knowledge distillation: Hinton, Vinyals, Dean
-    2015). The sentences of an hour have few words, and recovery on them alone loses those that only pre-training
-    knew; drawn texts are full of them."""
+    """What tspar recovers on: each clip has, besides its sentence, what the teacher writes at temperature 1.5, and the
+    loss is the distance from the teacher's distributions (knowledge distillation: Hinton, Vinyals, Dean 2015). The
+    sentences of an hour have few words, and recovery on them alone loses those that only pre-training knew; drawn
+    texts are full of them."""
     torch.manual_seed(s.seed)
     longest = max(map(train.n_targets, range(len(train))))
     options = replace(decoding(teacher, s), temperature=1.5, sample_len=longest)
@@ -151,10 +151,9 @@ def retold(train: Clips, teacher: Whisper, s: Settings) -> Clips:
     loader = batches(train, s, [(i,) for i in in_order], 40)
     drawn = [result.tokens for mels, _, _ in loader for result in whisper.decode(teacher, mels.to(s.device), options)]
     both = copy.copy(train)
-    both.teacher, both.paths, both.sentences = teacher, 2 * train.paths, 2 * train.sentences
-    both.tokens = train.tokens + [[] for _ in train.tokens]
+    both.teacher, both.drawn = teacher, [[]] * len(train)
     for i, tokens in zip(in_order, drawn):
-        both.tokens[len(train) + i] = [*train.tokens[i][: train.n_start], *tokens, train.tokens[i][-1]]
+        both.drawn[i] = [*train.tokens[i][: train.n_start], *tokens, train.tokens[i][-1]]
     return both
 
 
@@ -304,7 +303,8 @@ def objective(model: Whisper, batch: list[torch.Tensor], s: Settings, teacher: W
     there = targets.flatten() >= 0
 
     def logits(model: Whisper) -> torch.Tensor:
-        kept, audio = isinstance(model.decoder, prune.KeptDecoder), model.encoder(mels)
+        audio, kept = model.encoder(mels), isinstance(model.decoder, prune.KeptDecoder)
+        audio = audio.repeat_interleave(len(inputs) // len(mels), 0)             # where a clip has two texts
         return (model.decoder.kept_logits if kept else model.decoder)(inputs, audio).flatten(0, 1)[there]
 
     with mixed(s):
@@ -608,7 +608,7 @@ class Clips(Dataset):
     """One split of a Common Voice folder, made ready for one model: item i is (log-mel spectrogram, tokens).
     What says nothing, and what the model's window or text context cannot hold, is left out; `left_out` says how much.
     What is wrong shows now, not after an hour. `workers` processes read the audio; without any it stays in memory."""
-    teacher = None                               # retold's
+    teacher = drawn = None                       # retold has them
 
     def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, workers: int = 0):
         self.n_start, self.n_mels = len(tokenizer.sot_sequence_including_notimestamps), model.dims.n_mels
@@ -630,26 +630,32 @@ class Clips(Dataset):
 
     def n_targets(self, i: int) -> int:
         """The tokens of clip i that are predicted: its text and the end."""
-        return len(self.tokens[i]) - self.n_start
+        return sum(len(row) - self.n_start for row in self.rows(i))
+
+    def rows(self, i: int) -> list[list[int]]:
+        """Prompt, text and end of clip i, and of what was drawn for it."""
+        return [self.tokens[i]] if self.teacher is None else [self.tokens[i], self.drawn[i]]
 
     def mel(self, i: int) -> torch.Tensor:
         """Log-mel spectrogram (n_mels, n_frames), silence to the end; made once if kept, in half precision."""
-        mel = self.mels.get(self.paths[i])
+        mel = self.mels.get(i)
         if mel is None:
             audio = whisper.pad_or_trim(read_audio(self.paths[i]), self.n_frames * HOP_LENGTH)
             mel = whisper.log_mel_spectrogram(audio, self.n_mels).half()
         if not self.workers:
-            self.mels[self.paths[i]] = mel
+            self.mels[i] = mel
         return mel.float()
 
-    def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[int]]:
+    def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[list[int]]]:
         """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in any process, now or resumed."""
         mel = self.mel(key[0])
-        return augment(mel, np.random.default_rng(key[1:])) if key[1:] else mel, self.tokens[key[0]]
+        return augment(mel, np.random.default_rng(key[1:])) if key[1:] else mel, self.rows(key[0])
 
     def collate(self, items: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """mels (B, n_mels, n_frames), decoder inputs (B, T), targets (B, T): -100 where nothing is predicted."""
+        """mels (B, n_mels, n_frames), decoder inputs (B, T), targets (B, T): -100 where nothing is predicted. Where
+        each clip has two texts, 2 B rows."""
         mels, rows = zip(*items)
+        rows = [*chain(*rows)]
         pad = [max(map(len, rows)) - len(row) for row in rows]
         inputs = [row[:-1] + row[-1:] * n for row, n in zip(rows, pad)]
         targets = [[-100] * (self.n_start - 1) + row[self.n_start:] + [-100] * n for row, n in zip(rows, pad)]

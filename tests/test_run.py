@@ -115,23 +115,22 @@ def test_distilled_objective_by_hand(cut):
 
 
 def test_retold_clips(tmp_path):
-    """Every clip twice: as before, then with tokens the teacher drew, which differ, fit, and come again with the seed."""
+    """Every clip has a second text, drawn from the teacher, which differs, fits, and comes again with the seed."""
     teacher, s, clips = small_run(tmp_path, "--vocabulary", "data")
     run.prepared(teacher, clips, s)
     both, again = (run.retold(clips, teacher, s) for _ in range(2))
-    n = len(clips)
-    assert len(both) == 2 * n and clips.teacher is None and both.teacher is teacher and both.tokens == again.tokens
-    assert both.tokens[:n] == clips.tokens and both.tokens[n:] != clips.tokens
-    for i in range(n):
-        mel, tokens = both[n + i,]
-        assert torch.equal(mel, clips[i,][0]) and tokens[:4] == clips.tokens[i][:4] and tokens[-1] == TOKENIZER.eot
-        assert all(t < TOKENIZER.eot and teacher.decoder.row_of[t] >= 0 for t in tokens[4:-1])
-    assert max(map(len, both.tokens)) <= max(map(len, clips.tokens))
-    assert run.retold(clips, teacher, run.replace(s, seed=1)).tokens != both.tokens
+    assert len(both) == len(clips) and clips.teacher is None and both.teacher is teacher and both.drawn == again.drawn
+    assert both.tokens == clips.tokens != both.drawn and max(map(len, both.drawn)) <= max(map(len, clips.tokens))
+    for i in range(len(clips)):
+        mel, (said, drawn) = both[i,]
+        assert torch.equal(mel, clips[i,][0]) and [said] == clips[i,][1] and drawn[:4] == said[:4]
+        assert drawn[-1] == TOKENIZER.eot and all(teacher.decoder.row_of[t] >= 0 for t in drawn)
+        assert max(drawn[4:-1], default=0) < TOKENIZER.eot and both.n_targets(i) == len(said) + len(drawn) - 8
+    assert run.retold(clips, teacher, run.replace(s, seed=1)).drawn != both.drawn
 
 
 def test_recovery_follows_the_teacher(tmp_path):
-    """With retold clips the gradient of a step is that of the divergence, of all its batches."""
+    """With retold clips a step's loss is the divergence, a token, over both texts of each clip and all its batches."""
     model, s, clips = small_run(tmp_path, "--batch", "2", "--accumulate", "2", "--steps", "1")
     both = run.retold(clips, copy.deepcopy(model), s)
     with torch.no_grad():
