@@ -152,8 +152,9 @@ def retold(train: Clips, teacher: Whisper, s: Settings) -> Clips:
     drawn = [result.tokens for mels, _, _ in loader for result in whisper.decode(teacher, mels.to(s.device), options)]
     both = copy.copy(train)
     both.teacher, both.drawn = teacher, [[]] * len(train)
+    prompt, end = train.tokens[0][: train.n_start], train.tokens[0][-1]
     for i, tokens in zip(in_order, drawn):
-        both.drawn[i] = [*train.tokens[i][: train.n_start], *tokens, train.tokens[i][-1]]
+        both.drawn[i] = [*prompt, *(token for token in tokens if token < end), end]          # no languages, no times
     return both
 
 

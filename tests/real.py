@@ -147,8 +147,8 @@ def paper(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
     run.prune_(model, train, s, {})
 
 
-RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers,
-          "IMP, 50% zeros": iterative}
+RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "L2 layer by layer, 35%": layer_by_layer,
+          "fewer layers": fewer_layers, "IMP, 50% zeros": iterative}
 
 
 class AdaptiveLasso(SparseGroupLasso):
@@ -255,8 +255,10 @@ def table() -> str:
     for file, data in (("so762-0", "English (so762)"), ("hi_kokoro-0", "Hindi (hi_kokoro), its vocabulary alone")):
         rows = results(RESULTS / f"{file}.json")
         names = {"dense": f"**{data}**: dense"}
-        names |= {f"{share:.0%}": f"TSPAR, {share:.0%} of the blocks removed" for share in ARMS}
-        lines += [line(name, f"{file} {arm}", rows[arm], rows["dense"]) for arm, name in names.items() if arm in rows]
+        names |= {f"{share:.0%}{how}": f"TSPAR, {share:.0%} of the blocks removed{how}"
+                  for share in ARMS for how in ("", ", " + PLAIN) if share == 0.65 or not how}
+        lines += [line(name, f"{file} {arm.removesuffix(', ' + PLAIN)}", rows[arm], rows["dense"])
+                  for arm, name in names.items() if arm in rows]
     return "\n".join(lines)
 
 
@@ -276,16 +278,21 @@ def seeds() -> str:
     """What the order of the clips and the augmentation change. The mean's interval draws clips, each with all seeds."""
     lines = ["| | seed 0 | seed 1 | seed 2 | mean (95%) |", "|---|---:|---:|---:|---:|"]
     for data, name in (("so762", "English (so762)"), ("hi_kokoro", "Hindi (hi_kokoro)")):
-        runs = [results(RESULTS / f"{data}-{seed}.json") for seed in range(3)]
-        for arm, label in (("dense", f"**{name}**: dense"), ("35%", "35% removed, WER - dense"),
-                           ("50%", "50% removed, WER - dense")):
-            errors = [np.subtract(rows[arm]["errors"], arm != "dense" and rows["dense"]["errors"]) for rows in runs]
-            words, text = np.array(runs[0]["dense"]["words"]), "{:.1f}%" if arm == "dense" else "{:+.1f}"
-            ends = text.replace("%", "").format
-            low, high = run.interval(sum(errors), len(errors) * words, 0)
-            each = [100 * e.sum() / words.sum() for e in errors]
-            lines.append(f"| {label} | " + " | ".join(map(text.format, [*each, np.mean(each)]))
-                         + f" ({ends(low)} to {ends(high)}) |")
+        rows = [results(RESULTS / f"{data}-{seed}.json") for seed in range(3)]
+        for arm in ("dense", *(size + how for size in ("35%", "50%") for how in ("", ", " + PLAIN))):
+            there, dense = [arm in row for row in rows], arm == "dense"
+            errors = [np.subtract(row[arm]["errors"], 0 if dense else row["dense"]["errors"])
+                      for row in rows if arm in row]
+            if not errors:
+                continue
+            words = np.array(rows[there.index(True)]["dense"]["words"])
+            said, each = ("{:.1f}" if dense else "{:+.1f}").format, [100 * e.sum() / words.sum() for e in errors]
+            cells, left = [], iter(each)
+            for measured_here in there:
+                cells.append(said(next(left)) if measured_here else "")
+            low, high = map(said, run.interval(sum(errors), len(errors) * words, 0))
+            label = f"**{name}**: dense, WER" if dense else f"{arm}: WER - dense"
+            lines.append(f"| {label} | {' | '.join(cells)} | {said(np.mean(each))} ({low} to {high}) |")
     return "\n".join(lines)
 
 
@@ -295,10 +302,10 @@ def rivals() -> str:
     of = rows["dense"]["block_parameters"]
     lines = ["| so762 | in blocks | memory | encoder | 24 tokens | WER (95%) | WER - dense (95%) |",
              "|---|---:|---:|---:|---:|---:|---:|"]
-    for arm in ("tuned", "35%", PASS_2, "50%", *RIVALS):
+    for arm in ("tuned", "35%", PASS_2, "35%, " + PLAIN, "50%", "50%, " + PLAIN, *RIVALS):
         if arm in rows:
             name = f"TSPAR, {arm}" if arm[0].isdigit() else arm.replace("tuned", "dense, 250 steps only")
-            shape = "dense" if arm == "tuned" else arm
+            shape = "dense" if arm == "tuned" else arm.removesuffix(", " + PLAIN)
             cells = line(name, f"so762-0 {shape}", rows[arm], rows["dense"]).split(" | ")
             share = f"{rows[arm]['block_parameters'] / 1e6:.1f} M ({rows[arm]['block_parameters'] / of - 1:.0%})"
             lines.append(" | ".join([cells[0], share, f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB", *cells[3:]]))
