@@ -7,9 +7,10 @@
     torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
 
 Four models are measured on the same clips by the same code: original, dense, tspar, imp (MODELS says what each is).
-The last three take the same number of steps, with the same clips in the same order at the same learning rates. The
-file reads from the top: `run` is the method, then come fine-tuning and measuring; the rest can wait. --out receives
-report.json, log.txt, dense.pt, tspar.pt, imp.pt (prune.load reads them; prune.expand gives stock shapes).
+The last three take the same number of steps, with the same clips in the same order at the same learning rates; only
+tspar recovers on the words of the model before too (retold, --distill). The file reads from the top: `run` is the
+method, then come fine-tuning and measuring; the rest can wait. --out receives report.json, log.txt, dense.pt,
+tspar.pt, imp.pt (prune.load reads them; prune.expand gives stock shapes).
 
 Order, augmentation and learning rate follow from the seed and the step number alone. So the same command with
 --resume goes on from the last saved step to the same result, and N processes with b clips each take the step that
@@ -760,10 +761,10 @@ def start_folder(s: Settings, model: Whisper) -> None:
 
 EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
 
-# By width of the model. nano's row was chosen on its dev clips (its steps on test), base's importance and cuts on
-# so762's (README); rate and steps of base fit an hour of speech. The others have not been run: rates scaled from
-# base's by the highest rates in pre-training (Radford et al. 2022, appendix F), steps and clips as fine-tuning on
-# Common Voice usually takes them.
+# By width of the model. nano's row was chosen on its dev clips (its steps on test; its corpus has no word that train
+# lacks, so nothing to distill), base's importance, cuts and distillation on so762's (README); rate and steps of base
+# fit an hour of speech. The others have not been run: rates scaled from base's by the highest rates in pre-training
+# (Radford et al. 2022, appendix F), steps and clips as fine-tuning on Common Voice usually takes them.
 OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
           "target": 0.35, "cuts": 1, "distill": "on"}
 RECIPES = {128: {"lr": 1e-3, "steps": 300, "recovery_steps": 700, "batch": 8, "vocabulary": "data", "target": 0.5,
@@ -798,7 +799,7 @@ class Settings:
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1")
-    distill: str = flag(None, "on: recovery learns from the model before; off: from the sentences alone", "on", "off")
+    distill: str = flag(None, "on: tspar recovers on what the model before writes too; nano off", "on", "off")
     cuts: int = flag(None, "steps in which groups go, each fitted anew: more suit a small model (nano 6, others 1)")
     z1: float = flag(-0.25, "pass 1 with --target 0, standard deviations from the mean: higher removes more")
     z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")

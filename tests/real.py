@@ -5,6 +5,7 @@
     python tests/real.py FOLDER so762 en 0 65% "Taylor, 35%"        # these arms alone
     python tests/real.py FOLDER hi_kokoro hi 0
     python tests/real.py FOLDER penalties           # what a penalty in the first phase is worth, on so762's dev clips
+    python tests/real.py FOLDER unseen              # errors on words that no training sentence has
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
     python tests/real.py tables                     # README.md's and that of the penalties, from RESULTS
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png, tradeoff.png
@@ -21,6 +22,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import torch
 import whisper
@@ -247,6 +249,28 @@ def latency(folder: Path) -> None:
     print(json.dumps(result, indent=1))
 
 
+def unseen(folder: Path) -> None:
+    """Errors on test's words that train has, on those that it lacks, and insertions, from the texts in runs/real."""
+    result = {}
+    for data, language in (("so762", "en"), ("hi_kokoro", "hi")):
+        s, original = begin(folder, data, language, 0, f"{data}-0")
+        train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
+        clean = run.normalizer(language)
+        known, said = {word for text in train.sentences for word in clean(text).split()}, [*map(clean, test.sentences)]
+        for path in sorted((ROOT / f"runs/real/{data}-0").glob("*.json")):
+            row = result[f"{data} {path.stem}"] = {"seen": [0, 0], "unseen": [0, 0], "inserted": 0}
+            for reference, text in zip(said, map(clean, json.loads(path.read_text(encoding="utf8")))):
+                words = reference.split()
+                for part in jiwer.process_words(reference, text).alignments[0] if words else ():
+                    row["inserted"] += (part.type == "insert") * (part.hyp_end_idx - part.hyp_start_idx)
+                    for word in words[part.ref_start_idx: part.ref_end_idx]:
+                        counts = row["seen" if word in known else "unseen"]
+                        counts[0], counts[1] = counts[0] + (part.type != "equal"), counts[1] + 1
+    result["what"] = "seed 0, test: [errors, words] of the words that train has and that it lacks"
+    run.write(RESULTS / "unseen.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    print(json.dumps(result, indent=1))
+
+
 def table() -> str:
     """The first table of README.md, from what RESULTS holds."""
     head = "| Whisper-base | parameters | float16 | encoder | 24 tokens | WER (95%) | WER - dense (95%) |"
@@ -275,7 +299,7 @@ def line(name: str, key: str, row: dict, dense: dict) -> str:
 
 
 def seeds() -> str:
-    """What the order of the clips and the augmentation change. The mean's interval draws clips, each with all seeds."""
+    """What the order of the clips and the augmentation change. The mean's interval draws clips with all seeds."""
     lines = ["| | seed 0 | seed 1 | seed 2 | mean (95%) |", "|---|---:|---:|---:|---:|"]
     for data, name in (("so762", "English (so762)"), ("hi_kokoro", "Hindi (hi_kokoro)")):
         rows = [results(RESULTS / f"{data}-{seed}.json") for seed in range(3)]
@@ -395,7 +419,7 @@ if __name__ == "__main__":
     elif sys.argv[1] == "picture":
         picture(Path(sys.argv[2]))
         tradeoff()
-    elif sys.argv[2] in ("latency", "penalties"):
+    elif sys.argv[2] in ("latency", "penalties", "unseen"):
         globals()[sys.argv[2]](Path(sys.argv[1]))
     else:
         arms(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])

@@ -286,18 +286,22 @@ def test_zeros_stay_zero_in_recovery(tmp_path):
 
 
 def test_without_penalty_the_first_phase_is_shared(tmp_path):
-    """--penalty none: tspar begins with what dense is after its first phase, which is trained once."""
+    """--penalty none: tspar begins with what dense is after its first phase, which is trained once, and learns from it."""
     out, began, tune = tmp_path / "out", {}, run.fine_tune
     with pytest.MonkeyPatch.context() as patch:
         def recorded(model, train, s, title, penalty=None):
             began[title] = penalty, model.encoder.conv1.weight.detach().clone()
+            if train.teacher is not None:
+                began[f"{title}, taught"] = penalty, train.teacher.encoder.conv1.weight.detach().clone()
             phase = tune(model, train, s, title, penalty)
             began[f"{title}, ended"] = penalty, model.encoder.conv1.weight.detach().clone()
             return phase
         patch.setattr(run, "fine_tune", recorded)
-        assert run.main([*QUICK, "--penalty", "none", "--out", str(out)]) == 0
+        assert run.main([*QUICK, "--penalty", "none", "--distill", "on", "--out", str(out)]) == 0
     assert "tspar: fine-tune" not in began and not any(penalty for penalty, _ in began.values())
     assert torch.equal(began["tspar: recover"][1], began["dense: fine-tune, ended"][1])
+    assert [title for title in began if "taught" in title] == ["tspar: recover, taught"]
+    assert torch.equal(began["tspar: recover, taught"][1], began["dense: fine-tune, ended"][1]), "not gone on, not zeroed"
     assert not torch.equal(began["tspar: recover"][1], began["dense: go on, ended"][1])
     lines = (out / "log.txt").read_text(encoding="utf8")
     assert lines.count("fine-tune  ") == 1
