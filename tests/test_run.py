@@ -403,6 +403,7 @@ def in_child(arguments: list[str], before=lambda: None, save_every: float = -1) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
         run.SAVE_EVERY, run.CALIBRATION, run.announce = save_every, 40, lambda *_: None
+        run.flops.measure = lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models)
         before()
         code = run.main(arguments)
     finally:
