@@ -235,7 +235,7 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     model.eval()
     if start < s.steps or not s.resume:          # a phase that --resume found finished has been reported
-        loss = f"loss {phase.loss:.3f} nats a token" if phase.losses else "untouched"
+        loss = f"{'KL' if train.teacher else 'loss'} {phase.loss:.3f} nats a token" if phase.losses else "untouched"
         say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: {loss}, {time.time() - started:.0f} s")
     return phase
 
@@ -929,7 +929,8 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
     say(s, f"{steps:,} steps of {s.batch * s.accumulate * WORLD} clips, {min(took):.2f} s each, then four models to "
            f"measure: about {max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} "
-           "activations. A loss is in nats (natural log) a token.\n")
+           "activations. A loss is in nats (natural log) a token"
+           + ", KL the distance\nfrom the model before pruning" * taught + ".\n")
 
 
 def main(argv: list[str] | None = None) -> int:
