@@ -930,7 +930,7 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     say(s, f"{steps:,} steps of {s.batch * s.accumulate * WORLD} clips, {min(took):.2f} s each, then four models to "
            f"measure: about {max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} "
            "activations. A loss is in nats (natural log) a token"
-           + ", KL the distance\nfrom the model before pruning" * taught + ".\n")
+           + ",\nKL is the distance from the model before pruning" * taught + ".\n")
 
 
 def main(argv: list[str] | None = None) -> int:
