@@ -7,10 +7,9 @@
     torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
 
 Four models are measured on the same clips by the same code: original, dense, tspar, imp (MODELS says what each is).
-The last three take the same number of steps, with the same clips in the same order at the same learning rates; only
-tspar recovers on the words of the model before too (retold, --distill). The file reads from the top: `run` is the
-method, then come fine-tuning and measuring; the rest can wait. --out receives report.json, log.txt, dense.pt,
-tspar.pt, imp.pt (prune.load reads them; prune.expand gives stock shapes).
+The last three take the same number of steps, with the same clips in the same order at the same learning rates. The
+file reads from the top: `run` is the method, then come fine-tuning and measuring; the rest can wait. --out receives
+report.json, log.txt, dense.pt, tspar.pt, imp.pt (prune.load reads them; prune.expand gives stock shapes).
 
 Order, augmentation and learning rate follow from the seed and the step number alone. So the same command with
 --resume goes on from the last saved step to the same result, and N processes with b clips each take the step that
@@ -97,8 +96,7 @@ def run(s: Settings) -> None:
         penalty = SparseGroupLasso(groups_of(pruned, s), s.l1, s.l1, s.l2, s.l2, relative=True)
         first_phase = fine_tune(pruned, train, s, "tspar: fine-tune", penalty)
     plan = prune_(pruned, train, s, first_phase.curvature)
-    lessons = retold(train, imp, s) if s.distill == "on" else train          # imp is still what dense was then
-    fine_tune(pruned, lessons, recovery(s), "tspar: recover")
+    fine_tune(pruned, train, recovery(s), "tspar: recover")
 
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
     iterative_magnitude(imp, train, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
@@ -137,26 +135,6 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
     say(s, f"{'tspar: two passes':<20}{plan.removed()[0]:,} of {plan.removed()[1]:,} parameters in blocks "
            f"({plan.share:.1%}) removed")
     return replace(plan, pass2=pass2.pass2)
-
-
-@torch.no_grad()
-def retold(train: Clips, teacher: Whisper, s: Settings) -> Clips:
-    """What tspar recovers on: each clip has, besides its sentence, what the teacher writes at temperature 1.5, and the
-    loss is the distance from the teacher's distributions (knowledge distillation: Hinton, Vinyals, Dean 2015). The
-    sentences of an hour have few words, and recovery on them alone loses those that only pre-training knew; drawn
-    texts are full of them."""
-    torch.manual_seed(s.seed)
-    longest = max(map(train.n_targets, range(len(train))))
-    options = replace(decoding(teacher, s), temperature=1.5, sample_len=longest)
-    in_order = sorted(range(len(train)), key=train.n_targets)          # alike in length, so that hardly one waits
-    loader = batches(train, s, [(i,) for i in in_order], 40)
-    drawn = [result.tokens for mels, _, _ in loader for result in whisper.decode(teacher, mels.to(s.device), options)]
-    both = copy.copy(train)
-    both.teacher, both.drawn = teacher, [[]] * len(train)
-    prompt, end = train.tokens[0][: train.n_start], train.tokens[0][-1]
-    for i, tokens in zip(in_order, drawn):
-        both.drawn[i] = [*prompt, *(token for token in tokens if token < end), end]          # no languages, no times
-    return both
 
 
 def groups_of(model: Whisper, s: Settings) -> dict:
@@ -218,7 +196,7 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
-        loss = backward(model, loader, n_targets[step], s, train.teacher)
+        loss = backward(model, loader, n_targets[step], s)
         if penalty:
             penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
         if penalty and s.penalty == "loss":
@@ -235,7 +213,7 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     model.eval()
     if start < s.steps or not s.resume:          # a phase that --resume found finished has been reported
-        loss = f"{'KL' if train.teacher else 'loss'} {phase.loss:.3f} nats a token" if phase.losses else "untouched"
+        loss = f"loss {phase.loss:.3f} nats a token" if phase.losses else "untouched"
         say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: {loss}, {time.time() - started:.0f} s")
     return phase
 
@@ -276,13 +254,13 @@ def steps_of(train: Clips, s: Settings, first: int) -> tuple:
     return iter(batches(train, s, mine, s.batch)), n_targets
 
 
-def backward(model: Whisper, loader, n_targets: int, s: Settings, teacher: Whisper | None = None) -> float:
+def backward(model: Whisper, loader, n_targets: int, s: Settings) -> float:
     """The gradient of a step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats."""
     model.train()
     model.zero_grad()
     loss = torch.zeros((), dtype=torch.float64, device=s.device)
     for _ in range(s.accumulate):
-        part = objective(model, next(loader), s, teacher) / n_targets
+        part = objective(model, next(loader), s) / n_targets
         part.backward()
         loss += part.detach()
     for x in (loss, *(p.grad for p in model.parameters() if p.requires_grad)) if WORLD > 1 else ():
@@ -298,26 +276,17 @@ def mixed(s: Settings) -> torch.autocast:
     return torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16")
 
 
-def objective(model: Whisper, batch: list[torch.Tensor], s: Settings, teacher: Whisper | None = None) -> torch.Tensor:
-    """Cross-entropy of a batch (Clips.collate) in nats, summed over the targets, activations in --precision. With a
-    teacher, the Kullback-Leibler divergence from its distributions at the same places instead."""
+def objective(model: Whisper, batch: list[torch.Tensor], s: Settings) -> torch.Tensor:
+    """Cross-entropy of a batch (Clips.collate) in nats, summed over the targets, activations in --precision."""
     mels, inputs, targets = [x.to(s.device, non_blocking=True) for x in batch]
-    there = targets.flatten() >= 0
-
-    def logits(model: Whisper) -> torch.Tensor:
-        audio, kept = model.encoder(mels), isinstance(model.decoder, prune.KeptDecoder)
-        audio = audio.repeat_interleave(len(inputs) // len(mels), 0)             # where a clip has two texts
-        return (model.decoder.kept_logits if kept else model.decoder)(inputs, audio).flatten(0, 1)[there]
-
     with mixed(s):
-        if teacher is not None:
-            with torch.no_grad():
-                taught = logits(teacher).log_softmax(-1)
-            return F.kl_div(logits(model).log_softmax(-1), taught, reduction="sum", log_target=True)
-        targets = targets.flatten()[there]
-        if isinstance(model.decoder, prune.KeptDecoder):         # rows that are gone have the probability 0
-            targets = model.decoder.row_of[targets]
-        return F.cross_entropy(logits(model), targets, reduction="sum")
+        decoder, audio = model.decoder, model.encoder(mels)
+        if not isinstance(decoder, prune.KeptDecoder):
+            logits = decoder(inputs, audio)
+        else:                                    # rows that are gone have the probability 0, so no part in the sum
+            logits = decoder.kept_logits(inputs, audio)
+            targets = torch.where(targets < 0, targets, decoder.row_of[targets])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -610,7 +579,6 @@ class Clips(Dataset):
     """One split of a Common Voice folder, made ready for one model: item i is (log-mel spectrogram, tokens).
     What says nothing, and what the model's window or text context cannot hold, is left out; `left_out` says how much.
     What is wrong shows now, not after an hour. `workers` processes read the audio; without any it stays in memory."""
-    teacher = drawn = None                       # retold has them
 
     def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, workers: int = 0):
         self.n_start, self.n_mels = len(tokenizer.sot_sequence_including_notimestamps), model.dims.n_mels
@@ -632,11 +600,7 @@ class Clips(Dataset):
 
     def n_targets(self, i: int) -> int:
         """The tokens of clip i that are predicted: its text and the end."""
-        return sum(len(row) - self.n_start for row in self.rows(i))
-
-    def rows(self, i: int) -> list[list[int]]:
-        """Prompt, text and end of clip i, and of what was drawn for it."""
-        return [self.tokens[i]] if self.teacher is None else [self.tokens[i], self.drawn[i]]
+        return len(self.tokens[i]) - self.n_start
 
     def mel(self, i: int) -> torch.Tensor:
         """Log-mel spectrogram (n_mels, n_frames), silence to the end; made once if kept, in half precision."""
@@ -648,16 +612,14 @@ class Clips(Dataset):
             self.mels[i] = mel
         return mel.float()
 
-    def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[list[int]]]:
+    def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[int]]:
         """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in any process, now or resumed."""
         mel = self.mel(key[0])
-        return augment(mel, np.random.default_rng(key[1:])) if key[1:] else mel, self.rows(key[0])
+        return augment(mel, np.random.default_rng(key[1:])) if key[1:] else mel, self.tokens[key[0]]
 
     def collate(self, items: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """mels (B, n_mels, n_frames), decoder inputs (B, T), targets (B, T): -100 where nothing is predicted. Where
-        each clip has two texts, 2 B rows."""
+        """mels (B, n_mels, n_frames), decoder inputs (B, T), targets (B, T): -100 where nothing is predicted."""
         mels, rows = zip(*items)
-        rows = [*chain(*rows)]
         pad = [max(map(len, rows)) - len(row) for row in rows]
         inputs = [row[:-1] + row[-1:] * n for row, n in zip(rows, pad)]
         targets = [[-100] * (self.n_start - 1) + row[self.n_start:] + [-100] * n for row, n in zip(rows, pad)]
@@ -738,7 +700,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
         need((out / "state").is_dir() and record.is_file(), f"--resume: no interrupted run in {out}; name its --out")
         same = ours.keys() - {"resume", "overwrite", "workers", "transcribe", "plot"}
         if not (out / "state/tspar-recover.pt").exists():
-            same -= {"z1", "z2", "target", "importance", "cuts", "distill"}              # nothing has been pruned yet
+            same -= {"z1", "z2", "target", "importance", "cuts"}         # nothing has been pruned yet
         begun = json.loads(record.read_text(encoding="utf8"))
         other = [f"{key} {begun.get(key)}, not {ours[key]}" for key in sorted(same) if begun.get(key) != ours[key]]
         need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
@@ -761,14 +723,14 @@ def start_folder(s: Settings, model: Whisper) -> None:
 
 EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
 
-# By width of the model. nano's row was chosen on its dev clips (its steps on test; its corpus has no word that train
-# lacks, so nothing to distill), base's importance, cuts and distillation on so762's (README); rate and steps of base
-# fit an hour of speech. The others have not been run: rates scaled from base's by the highest rates in pre-training
-# (Radford et al. 2022, appendix F), steps and clips as fine-tuning on Common Voice usually takes them.
+# By width of the model. nano's row was chosen on its dev clips (its steps on test), base's importance and cuts on
+# so762's (README); rate and steps of base fit an hour of speech. The others have not been run: rates scaled from
+# base's by the highest rates in pre-training (Radford et al. 2022, appendix F), steps and clips as fine-tuning on
+# Common Voice usually takes them.
 OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
-          "target": 0.35, "cuts": 1, "distill": "on"}
+          "target": 0.35, "cuts": 1}
 RECIPES = {128: {"lr": 1e-3, "steps": 300, "recovery_steps": 700, "batch": 8, "vocabulary": "data", "target": 0.5,
-                 "cuts": 6, "distill": "off", "workers": 0, "precision": "fp32"},
+                 "cuts": 6, "workers": 0, "precision": "fp32"},
            384: {"lr": 3.75e-5}, 512: {"lr": 2.5e-5, "steps": 250, "batch": 8}, 768: {"lr": 1.25e-5},
            1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
 
@@ -799,7 +761,6 @@ class Settings:
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
     target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1")
-    distill: str = flag(None, "on: tspar recovers on what the model before writes too; nano off", "on", "off")
     cuts: int = flag(None, "steps in which groups go, each fitted anew: more suit a small model (nano 6, others 1)")
     z1: float = flag(-0.25, "pass 1 with --target 0, standard deviations from the mean: higher removes more")
     z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
@@ -922,15 +883,12 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
     whisper.decode(model.eval(), mels, replace(decoding(model, s), sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
-    decoded, taught = len(MODELS) * len(test), s.distill == "on"          # of a step the teacher's pass is a third
-    seconds = (steps + taught * s.recovery_steps / 3) * min(took)
-    seconds += (decoded + taught * len(train)) * (time.time() - started) / few
+    seconds = steps * min(took) + len(MODELS) * len(test) * (time.time() - started) / few
     memory = flops.training_memory(model, length + train.n_start, s.batch, 2 if s.precision == "bf16" else 4)
     memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
     say(s, f"{steps:,} steps of {s.batch * s.accumulate * WORLD} clips, {min(took):.2f} s each, then four models to "
            f"measure: about {max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} "
-           "activations. A loss is in nats (natural log) a token"
-           + ",\nKL is the distance from the model before pruning" * taught + ".\n")
+           "activations. A loss is in nats (natural log) a token.\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,9 +35,8 @@ import run
 import tspar
 from tspar import SparseGroupLasso
 
-RESULTS, ARMS = ROOT / "tests/data/real", (0.35, 0.5, 0.65)
+RESULTS, ARMS = ROOT / "tests/data/real", (0.2, 0.35, 0.5, 0.65)
 ORIGINAL = {"original": 8, "original, 30 s": None}   # no step taken; arm -> window in seconds
-PLAIN = "not distilled"                              # but recovered on the sentences, as all but TSPAR's sizes are
 PASS_2 = "35%, with pass 2"                          # at z2 = -1, run.py's default; the other arms have pass 1 alone
 RATES = {"so762": 2.5e-5, "hi_kokoro": 5e-5}
 VOCABULARY = {"so762": "full", "hi_kokoro": "data"}                  # English needs more than an hour's words
@@ -85,7 +84,7 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
     s, original = begin(folder, data, language, seed, name, *(words if flags else ()))
     train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
     dense = run.prepared(copy.deepcopy(original), train, s)
-    first, lessons = run.fine_tune(dense, train, s, "dense: fine-tune"), None
+    first = run.fine_tune(dense, train, s, "dense: fine-tune")
     for arm in ["tuned"] if flags else words or ("tuned", "dense", "50%", "35%"):
         if arm in results(RESULTS / f"{name}.json"):
             continue
@@ -100,9 +99,7 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
             model = run.load_model(replace(s, window=ORIGINAL[arm]))
         elif arm != "tuned" and "IMP" not in arm:        # whose rounds have retrained it
             title = arm.replace("dense", "dense: go on").replace("%", "")
-            distilled = arm[0].isdigit() and not arm.endswith(PLAIN)
-            lessons = lessons or (run.retold(train, dense, s) if distilled else None)
-            facts |= {"loss": run.fine_tune(model, lessons if distilled else train, run.recovery(s), title).loss}
+            facts |= {"loss": run.fine_tune(model, train, run.recovery(s), title).loss}
         measured(arm, model, test if arm not in ORIGINAL else run.load_clips(model, "test", s), s, **facts)
 
 
@@ -279,10 +276,8 @@ def table() -> str:
     for file, data in (("so762-0", "English (so762)"), ("hi_kokoro-0", "Hindi (hi_kokoro), its vocabulary alone")):
         rows = results(RESULTS / f"{file}.json")
         names = {"dense": f"**{data}**: dense"}
-        names |= {f"{share:.0%}{how}": f"TSPAR, {share:.0%} of the blocks removed{how}"
-                  for share in ARMS for how in ("", ", " + PLAIN) if share == 0.65 or not how}
-        lines += [line(name, f"{file} {arm.removesuffix(', ' + PLAIN)}", rows[arm], rows["dense"])
-                  for arm, name in names.items() if arm in rows]
+        names |= {f"{share:.0%}": f"TSPAR, {share:.0%} of the blocks removed" for share in ARMS}
+        lines += [line(name, f"{file} {arm}", rows[arm], rows["dense"]) for arm, name in names.items() if arm in rows]
     return "\n".join(lines)
 
 
@@ -303,19 +298,14 @@ def seeds() -> str:
     lines = ["| | seed 0 | seed 1 | seed 2 | mean (95%) |", "|---|---:|---:|---:|---:|"]
     for data, name in (("so762", "English (so762)"), ("hi_kokoro", "Hindi (hi_kokoro)")):
         rows = [results(RESULTS / f"{data}-{seed}.json") for seed in range(3)]
-        for arm in ("dense", *(size + how for size in ("35%", "50%") for how in ("", ", " + PLAIN))):
-            there, dense = [arm in row for row in rows], arm == "dense"
-            errors = [np.subtract(row[arm]["errors"], 0 if dense else row["dense"]["errors"])
-                      for row in rows if arm in row]
-            if not errors:
-                continue
-            words = np.array(rows[there.index(True)]["dense"]["words"])
-            said, each = ("{:.1f}" if dense else "{:+.1f}").format, [100 * e.sum() / words.sum() for e in errors]
-            cells, left = [], iter(each)
-            for measured_here in there:
-                cells.append(said(next(left)) if measured_here else "")
+        for arm in ("dense", "35%", "50%"):
+            there, dense = [row for row in rows if arm in row], arm == "dense"
+            errors = [np.subtract(row[arm]["errors"], 0 if dense else row["dense"]["errors"]) for row in there]
+            words, said = np.array(there[0]["dense"]["words"]), ("{:.1f}" if dense else "{:+.1f}").format
+            each = [100 * e.sum() / words.sum() for e in errors]
+            cells = [*map(said, each), *[""] * (len(rows) - len(there))]
             low, high = map(said, run.interval(sum(errors), len(errors) * words, 0))
-            label = f"**{name}**: dense, WER" if dense else f"{arm}: WER - dense"
+            label = f"**{name}**: dense, WER" if dense else f"{arm} removed, WER - dense"
             lines.append(f"| {label} | {' | '.join(cells)} | {said(np.mean(each))} ({low} to {high}) |")
     return "\n".join(lines)
 
@@ -326,10 +316,10 @@ def rivals() -> str:
     of = rows["dense"]["block_parameters"]
     lines = ["| so762 | in blocks | memory | encoder | 24 tokens | WER (95%) | WER - dense (95%) |",
              "|---|---:|---:|---:|---:|---:|---:|"]
-    for arm in ("tuned", "35%", PASS_2, "35%, " + PLAIN, "50%", "50%, " + PLAIN, *RIVALS):
+    for arm in ("tuned", "35%", PASS_2, "50%", *RIVALS):
         if arm in rows:
             name = f"TSPAR, {arm}" if arm[0].isdigit() else arm.replace("tuned", "dense, 250 steps only")
-            shape = "dense" if arm == "tuned" else arm.removesuffix(", " + PLAIN)
+            shape = "dense" if arm == "tuned" else arm
             cells = line(name, f"so762-0 {shape}", rows[arm], rows["dense"]).split(" | ")
             share = f"{rows[arm]['block_parameters'] / 1e6:.1f} M ({rows[arm]['block_parameters'] / of - 1:.0%})"
             lines.append(" | ".join([cells[0], share, f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB", *cells[3:]]))

@@ -92,58 +92,6 @@ def test_objective_is_the_stock_softmax(cut):
         assert torch.allclose(run.objective(model, (mels, inputs, targets), s), stock, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_distilled_objective_by_hand(cut):
-    """Sum over the targets of sum_v p log(p / q), p of the teacher, q of the model: PyTorch's Categorical says the same."""
-    model, teacher = prune.load(NANO), prune.load(NANO)
-    clips, s = run.Clips(MINI, "dev", model, TOKENIZER, limit=4), run.Settings(vocabulary="data", device="cpu")
-    for m in (model, teacher) if cut else ():
-        run.prepared(m, clips, s)
-    batch = mels, inputs, targets = clips.collate([clips[i,] for i in range(4)])
-    assert run.objective(model, batch, s, teacher).item() == pytest.approx(0, abs=1e-4)
-    with torch.no_grad():
-        model.encoder.ln_post.weight.mul_(0.3)
-    q, p = (torch.distributions.Categorical(logits=m(mels, inputs)[targets >= 0].double()) for m in (model, teacher))
-    if cut:                                      # -inf less -inf is no number, and adds nothing
-        q, p = (torch.distributions.Categorical(logits=d.logits[:, model.decoder.kept_ids]) for d in (q, p))
-    divergence = torch.distributions.kl_divergence(p, q).sum()
-    assert divergence > 1
-    loss = run.objective(model, batch, s, teacher)
-    assert loss.item() == pytest.approx(divergence.item(), rel=1e-4)
-    loss.backward()
-    assert all(p.grad is None for p in teacher.parameters())
-
-
-def test_retold_clips(tmp_path):
-    """Every clip has a second text, drawn from the teacher, which differs, fits, and comes again with the seed."""
-    teacher, s, clips = small_run(tmp_path, "--vocabulary", "data")
-    run.prepared(teacher, clips, s)
-    both, again = (run.retold(clips, teacher, s) for _ in range(2))
-    assert len(both) == len(clips) and clips.teacher is None and both.teacher is teacher and both.drawn == again.drawn
-    assert both.tokens == clips.tokens != both.drawn and max(map(len, both.drawn)) <= max(map(len, clips.tokens))
-    for i in range(len(clips)):
-        mel, (said, drawn) = both[i,]
-        assert torch.equal(mel, clips[i,][0]) and [said] == clips[i,][1] and drawn[:4] == said[:4]
-        assert drawn[-1] == TOKENIZER.eot and all(teacher.decoder.row_of[t] >= 0 for t in drawn)
-        assert max(drawn[4:-1], default=0) < TOKENIZER.eot and both.n_targets(i) == len(said) + len(drawn) - 8
-    assert run.retold(clips, teacher, run.replace(s, seed=1)).drawn != both.drawn
-
-
-def test_recovery_follows_the_teacher(tmp_path):
-    """With retold clips a step's loss is the divergence, a token, over both texts of each clip and all its batches."""
-    model, s, clips = small_run(tmp_path, "--batch", "2", "--accumulate", "2", "--steps", "1")
-    both = run.retold(clips, copy.deepcopy(model), s)
-    with torch.no_grad():
-        model.decoder.ln.weight.mul_(0.9)
-    loader, n_targets = run.steps_of(both, s, 0)
-    first = [next(loader) for _ in range(2)]
-    assert n_targets[0] == sum((targets >= 0).sum() for _, _, targets in first)
-    wanted = sum(run.objective(model, batch, s, both.teacher) for batch in first) / n_targets[0]
-    assert run.backward(model, iter(first), n_targets[0], s, both.teacher) == pytest.approx(wanted.item(), rel=1e-5)
-    phase = run.fine_tune(model, both, s, "test")
-    assert phase.losses == pytest.approx([wanted.item()], rel=1e-3)
-
-
 def small_run(tmp_path: Path, *flags: str) -> tuple:
     """A model, its settings with a folder for states, and a few train clips."""
     model = prune.load(NANO)
@@ -286,22 +234,18 @@ def test_zeros_stay_zero_in_recovery(tmp_path):
 
 
 def test_without_penalty_the_first_phase_is_shared(tmp_path):
-    """--penalty none: tspar begins with what dense is after its first phase, which is trained once, and learns from it."""
+    """--penalty none: tspar begins with what dense is after its first phase, which is trained once."""
     out, began, tune = tmp_path / "out", {}, run.fine_tune
     with pytest.MonkeyPatch.context() as patch:
         def recorded(model, train, s, title, penalty=None):
             began[title] = penalty, model.encoder.conv1.weight.detach().clone()
-            if train.teacher is not None:
-                began[f"{title}, taught"] = penalty, train.teacher.encoder.conv1.weight.detach().clone()
             phase = tune(model, train, s, title, penalty)
             began[f"{title}, ended"] = penalty, model.encoder.conv1.weight.detach().clone()
             return phase
         patch.setattr(run, "fine_tune", recorded)
-        assert run.main([*QUICK, "--penalty", "none", "--distill", "on", "--out", str(out)]) == 0
+        assert run.main([*QUICK, "--penalty", "none", "--out", str(out)]) == 0
     assert "tspar: fine-tune" not in began and not any(penalty for penalty, _ in began.values())
     assert torch.equal(began["tspar: recover"][1], began["dense: fine-tune, ended"][1])
-    assert [title for title in began if "taught" in title] == ["tspar: recover, taught"]
-    assert torch.equal(began["tspar: recover, taught"][1], began["dense: fine-tune, ended"][1]), "not gone on, not zeroed"
     assert not torch.equal(began["tspar: recover"][1], began["dense: go on, ended"][1])
     lines = (out / "log.txt").read_text(encoding="utf8")
     assert lines.count("fine-tune  ") == 1
@@ -429,8 +373,7 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def quick(penalty: str, out: Path) -> list[str]:
     """A run of a few steps that prunes by the curvature of its first phase: no bit of it may get lost."""
-    distill = "on" if penalty == "none" else "off"
-    return [*QUICK, "--importance", "curvature", "--penalty", penalty, "--distill", distill, "--out", str(out)]
+    return [*QUICK, "--importance", "curvature", "--penalty", penalty, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -567,7 +510,7 @@ def test_a_killed_decoding_process_is_one_line(tmp_path, capfd):
     assert len(err) == 1 and "worker" in err[0]
 
 
-GENTLE = ["--lr", "3e-5", "--steps", "3", "--recovery-steps", "3", "--limit", "12", "--distill", "on"]
+GENTLE = ["--lr", "3e-5", "--steps", "3", "--recovery-steps", "3", "--limit", "12"]
 
 
 def keep_curvature() -> None:
