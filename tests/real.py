@@ -387,14 +387,15 @@ def tradeoff() -> None:
           if f"so762-0 {arm}" in times and arm != PASS_2 and rows[arm]["wer"] < 50}
     far = [f"{arm} ({rows[arm]['wer']:.0f}%)" for arm in RIVALS if arm in rows and arm not in at]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    tspar_arms = [arm for arm in ("dense", *(f"{share:.0%}" for share in ARMS)) if arm in at]
+    tspar_arms = [arm for arm in ("dense", *(f"{share:.0%}" for share in (0.2, *ARMS))) if arm in at]
     for color, drawn in (("C0", tspar_arms), ("C1", [arm for arm in RIVALS if arm in at])):
         x, y, error = zip(*(at[arm] for arm in drawn))
         axis.errorbar(x, y, np.transpose(error), fmt="o-" if drawn is tspar_arms else "s", color=color, capsize=3)
-        for arm, left, top in zip(drawn, x, y):
-            axis.annotate(f"TSPAR {arm}" if arm[0].isdigit() else arm, (left, top), color=color,
-                          ha="left" if drawn is tspar_arms else "right", textcoords="offset points",
-                          xytext=(7, 7) if drawn is tspar_arms else (-7, 4))
+        for arm, left, top, (_, above) in zip(drawn, x, y, error):
+            ours = drawn is tspar_arms           # named to the right of the point, a rival over its interval
+            axis.annotate(f"TSPAR {arm}" if arm[0].isdigit() else arm, (left, top + (0 if ours else above)),
+                          color=color, ha="left" if ours else "center", textcoords="offset points",
+                          xytext=(7, 7) if ours else (0, 5))
     axis.set(xlabel="encoding a clip of 8 s and decoding 24 tokens, ms on 2 CPU cores", ylabel="WER, %")
     axis.set_title(f"off the scale: {', '.join(far)}" if far else "", fontsize=9, loc="right")
     axis.margins(0.2, 0.15)
