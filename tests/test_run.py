@@ -32,6 +32,17 @@ TOKENIZER = whisper.tokenizer.get_tokenizer(True, language="hi", task="transcrib
 QUICK = ["--steps", "3", "--recovery-steps", "3", "--limit", "8", "--batch", "4", "--cuts", "2"]
 
 
+def unmeasured(models, *_, **__) -> list[dict]:
+    """Stands for flops.measure, which has tests of its own and takes seconds."""
+    return [{"encoder_seconds": 0.1}] * len(models)
+
+
+@pytest.fixture(autouse=True)
+def without_latency(monkeypatch):
+    """In every test here; the run that fixture `finished` makes comes before it and is measured."""
+    monkeypatch.setattr(run.flops, "measure", unmeasured)
+
+
 @pytest.fixture(scope="module")
 def nano():
     """nano as stock whisper loads it."""
@@ -297,7 +308,6 @@ def test_english_only_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CALIBRATION", 8)
     decoding = run.decoding                      # random weights would never come to an end
     monkeypatch.setattr(run, "decoding", lambda *given: run.replace(decoding(*given), sample_len=2))
-    monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # feeds zeros
     assert run.main([*QUICK, "--model", str(tmp_path / "tiny.en.pt"), "--language", "en", "--target", "0.3", "--precision", "fp32",
                      "--workers", "0", "--lr", "1e-3", "--out", str(tmp_path / "out")]) == 0
     for _, inputs, targets in made:
@@ -347,7 +357,7 @@ def in_child(arguments: list[str], before=lambda: None, save_every: float = -1) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
         run.SAVE_EVERY, run.CALIBRATION, run.announce = save_every, 40, lambda *_: None
-        run.flops.measure = lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models)
+        run.flops.measure = unmeasured
         before()
         code = run.main(arguments)
     finally:
@@ -530,7 +540,8 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     flags = [*GENTLE, "--importance", "curvature", "--penalty", "loss"]
     assert ended(in_child([*flags, "--batch", "8", "--out", str(tmp_path / "one")], keep_curvature)) == 0
     (tmp_path / "both.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport run\nimport test_run\n"
-                                      "run.CALIBRATION = 40\ntest_run.keep_curvature()\nsys.exit(run.main(sys.argv[1:]))\n")
+                                      "run.CALIBRATION, run.announce, run.flops.measure = 40, lambda *_: None, test_run.unmeasured\n"
+                                      "test_run.keep_curvature()\nsys.exit(run.main(sys.argv[1:]))\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "both.py")]
     subprocess.run([*torchrun, *flags, "--batch", "4", "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
                    capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -660,7 +671,6 @@ def test_transcribe_files(tmp_path, capsys):
 
 def test_rehearsal_on_tiny(tmp_path, monkeypatch):
     """Tiny's real dimensions, OpenAI's file format, 48 kHz mp3: a step of every phase, interrupted and resumed."""
-    monkeypatch.setattr(run.flops, "measure", lambda models, *_, **__: [{"encoder_seconds": 0.1}] * len(models))     # slow here
     monkeypatch.setattr(run, "CALIBRATION", 8)
     torch.set_num_threads(os.cpu_count())            # alone among these tests it has matrices for that
     try:
