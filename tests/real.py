@@ -303,7 +303,8 @@ def seeds() -> str:
             errors = [np.subtract(row[arm]["errors"], 0 if dense else row["dense"]["errors"]) for row in there]
             words, said = np.array(there[0]["dense"]["words"]), ("{:.1f}" if dense else "{:+.1f}").format
             each = [100 * e.sum() / words.sum() for e in errors]
-            cells = [*map(said, each), *[""] * (len(rows) - len(there))]
+            told = map(said, each)
+            cells = [next(told) if arm in row else "" for row in rows]
             low, high = map(said, run.interval(sum(errors), len(errors) * words, 0))
             label = f"**{name}**: dense, WER" if dense else f"{arm} removed, WER - dense"
             lines.append(f"| {label} | {' | '.join(cells)} | {said(np.mean(each))} ({low} to {high}) |")
