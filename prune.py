@@ -176,8 +176,7 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
             pooled = torch.cat([norms[name] for name in inside])
             mean, std = pooled.mean().item(), pooled.std(correction=0).item()
             cuts |= dict.fromkeys(inside, max(floor * mean, mean + z1 * std))
-        settings = {"n_j": "norm" if curvature is None else "curvature", "z1": z1, "z2": z2, "floor": floor,
-                    "multiple": multiple}
+        settings = dict(n_j="norm" if curvature is None else "curvature", z1=z1, z2=z2, floor=floor, multiple=multiple)
         return Plan(settings, shapes, norms, cuts, _even(model, norms, cuts, multiple), {})
 
     plan = pass1(z1) if share is None else target(share, pass1)
