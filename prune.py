@@ -130,14 +130,14 @@ class Plan:
         return self.removed()[0] / self.removed()[1]
 
     def __str__(self) -> str:
-        head = "{:35}{:>8}{:>8}{:>8}{:>10}{:>10}".format
+        head = "{:35}    mean     std     cut      kept        of".format
         row = "{:35}{:8.4f}{:8.4f}{:8.4f}{:>10}{:>10,}".format
-        lines = [", ".join(f"{key} {value}" for key, value in self.settings.items()),
-                 head("pass 1 (*: all norms under the cut)", "mean", "std", "cut", "kept", "of")]
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        lines = [settings, head("pass 1 (*: all norms under the cut)")]
         for name, n in self.norms.items():
             kept = f"{int(self.keep[name].sum()):,}" + ("" if (n >= self.cuts[name]).any() else "*")
             lines.append(row(name, n.mean(), n.std(correction=0), self.cuts[name], kept, len(n)))
-        lines += [head("pass 2: |w|", "mean", "std", "cut", "kept", "of")] if self.pass2 else []
+        lines += [head("pass 2: |w|")] if self.pass2 else []
         lines += [row(name, *numbers, f"{kept:,}", of) for name, (*numbers, kept, of) in self.pass2.items()]
         lines.append("removed {:,} of {:,} block parameters ({:.1%})".format(*self.removed(), self.share))
         return "\n".join(lines)
