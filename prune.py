@@ -57,8 +57,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from pickle import PickleError             # what torch.load(weights_only=True) raises; nothing here unpickles
-from struct import error as StructError
 
 import torch
 from torch import Tensor, nn
@@ -405,8 +403,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
             if rows % attn.n_head or name not in heads and rows != attn.out.out_features:
                 raise ValueError(f"no head count that fits {name}")
         _align(model, checkpoint.get("alignment_heads") or model.alignment_heads.indices().T.tolist())
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError,
-            ImportError, PickleError, StructError) as e:       # what bytes of another kind make torch.load raise
+    except OSError:                        # no such file, or no right to read it
+        raise
+    except Exception as e:                 # bytes of another kind make torch.load raise nearly everything
         raise ValueError(f"{path} is no Whisper checkpoint (dims and model_state_dict) or is cut short; "
                          f"write it with prune.save ({type(e).__name__}: {str(e).partition('. ')[0]})") from e
     return model.to(device)
