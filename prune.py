@@ -250,9 +250,7 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
     over all positions of batches, (mels (B, n_mels, frames), ids (B, T): prompt and text, padded); of the encoder's,
     128 to 255 a clip, evenly spread. Both streams of all clips are kept: 8 bytes a position and channel. Returns the
     model. Raises ValueError without batches, or if the two are no such pair."""
-    shapes = [{name: p.shape for name, p in _parameters(m).items() if name.endswith("mlp.2.bias")}
-              for m in (before, model)]
-    if not batches or shapes[0] != shapes[1]:
+    if _parameters(before).keys() != _parameters(model).keys() or before.dims != model.dims or not batches:
         raise ValueError("refit_ needs batches of (mels, ids) and two models with as many layers, of one width")
     audio = [(None, None)] * len(batches)
     for side, sublayers in {"encoder": ("attn", "mlp"), "decoder": ("attn", "cross_attn", "mlp")}.items():
