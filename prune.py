@@ -257,11 +257,11 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
         x = [[_embedded(m, side, *batch) for m in (before, model)] for batch in batches]
         for old, new in zip(getattr(before, side).blocks, getattr(model, side).blocks):
             for name in sublayers:
+                (*_, reader_old), (*_, reader) = getattr(old, name).children(), getattr(new, name).children()
                 M = C = 0
                 for (x_old, x_new), (audio_old, audio_new) in zip(x, audio):
-                    reader, u = _read(before, old, name, x_old, audio_old)
-                    x_old += reader(u)
-                    reader, u = _read(model, new, name, x_new, audio_new)
+                    x_old += reader_old(_read(before, old, name, x_old, audio_old))
+                    u = _read(model, new, name, x_new, audio_new)
                     some = slice(None, None, max(1, x_new.shape[1] // 128) if side == "encoder" else 1)
                     u = nn.functional.pad(u[:, some].float(), (0, 1), value=1).flatten(0, 1)
                     with torch.autocast(u.device.type, enabled=False):     # sums in bf16 are not positive definite
@@ -272,8 +272,7 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
                 reader.weight.copy_(W[:, :-1])
                 reader.bias.copy_(W[:, -1])
                 for (_, x_new), (_, audio_new) in zip(x, audio):           # computed again: to keep u takes gigabytes
-                    reader, u = _read(model, new, name, x_new, audio_new)
-                    x_new += reader(u)
+                    x_new += reader(_read(model, new, name, x_new, audio_new))
         if side == "encoder":
             audio = [(before.encoder.ln_post(x_old), model.encoder.ln_post(x_new)) for x_old, x_new in x]
     return model
@@ -288,14 +287,14 @@ def _embedded(model: Whisper, side: str, mels: Tensor, ids: Tensor) -> Tensor:
     return model.decoder.token_embedding(rows) + model.decoder.positional_embedding[: ids.shape[1]]
 
 
-def _read(model: Whisper, block: nn.Module, name: str, x: Tensor, audio: Tensor | None) -> tuple[Linear, Tensor]:
-    """The last Linear of a block's attn, cross_attn or mlp, and what it reads where the residual stream is x."""
+def _read(model: Whisper, block: nn.Module, name: str, x: Tensor, audio: Tensor | None) -> Tensor:
+    """What the last Linear of a block's attn, cross_attn or mlp reads where the residual stream is x."""
     sublayer, x = getattr(block, name), getattr(block, f"{name}_ln")(x)
     if name == "mlp":
-        return sublayer[2], sublayer[:2](x)
+        return sublayer[:2](x)
     source, mask = (audio, None) if name == "cross_attn" else (x, model.decoder.mask if block.cross_attn else None)
     q, k, v = sublayer.query(x), sublayer.key(source), sublayer.value(source)
-    return sublayer.out, sublayer.qkv_attention(q, k, v, mask)[0]
+    return sublayer.qkv_attention(q, k, v, mask)[0]
 
 
 @torch.no_grad()
