@@ -326,8 +326,8 @@ def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
     row is gone (`KeptDecoder`), so whisper runs on as it does with suppress_tokens. Training needs no -inf: the
     cross-entropy of model.decoder.kept_logits(ids, audio) with targets model.decoder.row_of[ids] is that of the full
     width, as exp(-inf) = 0. Raises ValueError without tokens, or if one is not an id that the model has."""
-    params, V, tokens = _parameters(model), model.dims.n_vocab, [*tokens]
-    row_of = getattr(model.decoder, "row_of", torch.arange(V)).cpu()
+    old, decoder, V, tokens = _parameters(model)[ROWS], model.decoder, model.dims.n_vocab, [*tokens]
+    row_of = getattr(decoder, "row_of", torch.arange(V)).cpu()
     wrong = [t for t in tokens if type(t) is bool or not isinstance(t, Integral) or not 0 <= t < V or row_of[t] < 0]
     if wrong or not tokens:
         raise ValueError(f"tokens to keep are {wrong[:3] or 'none'}; give those of your texts, as whole numbers "
@@ -335,13 +335,11 @@ def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
     single = [tokenizer.encoding.encode_single_token(bytes([b])) for b in range(256)]
     kept = torch.tensor(sorted({*map(int, tokens), *single, *range(tokenizer.eot, V)}))
-    weight, decoder = params[ROWS].detach()[row_of[kept].to(model.device)], model.decoder
-    decoder.token_embedding = nn.Embedding.from_pretrained(weight, freeze=not params[ROWS].requires_grad)
-    decoder.register_buffer("kept_ids", kept.to(model.device))
-    row_of = torch.full((V,), -1).index_copy_(0, kept, torch.arange(len(kept)))
-    decoder.register_buffer("row_of", row_of.to(model.device))
+    decoder.token_embedding = nn.Embedding.from_pretrained(old.detach()[row_of[kept]], freeze=not old.requires_grad)
+    decoder.register_buffer("kept_ids", kept)
+    decoder.register_buffer("row_of", torch.full((V,), -1).index_copy_(0, kept, torch.arange(len(kept))))
     decoder.__class__ = KeptDecoder
-    return model
+    return model.to(model.device)          # the two buffers, which were made on the CPU
 
 
 def window_(model: Whisper, seconds: float) -> Whisper:
