@@ -429,7 +429,7 @@ def expand(model: Whisper) -> Whisper:
             old, state[p] = state[p], state[p].new_zeros(new.get_parameter(p).shape)
             state[p][(rows[:, None], columns) if old.ndim == 2 else rows] = old
     new.load_state_dict(state, assign=True)
-    _align(new, model.alignment_heads.indices().T.tolist())
+    new.alignment_heads = model.alignment_heads.clone()
     return new
 
 
@@ -564,7 +564,6 @@ def _heads(plan: Plan, name: str) -> list[int]:
 
 def _align(model: Whisper, pairs: Iterable[tuple[int, int]]) -> None:
     """Make `pairs`, (layer, head), the model's alignment_heads."""
-    n_head = [block.cross_attn.n_head for block in model.decoder.blocks]
-    mask = torch.zeros(len(n_head), max(n_head), dtype=torch.bool)
+    mask = torch.zeros(model.dims.n_text_layer, model.dims.n_text_head, dtype=torch.bool)
     mask[tuple(zip(*pairs))] = True
     model.register_buffer("alignment_heads", mask.to_sparse().to(model.device), persistent=False)
