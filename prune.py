@@ -200,9 +200,13 @@ def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, h
 def mask_(model: Whisper, plan: Plan) -> Whisper:
     """Write the plan's zeros, shapes unchanged: what the plan means. Returns the model, whose alignment_heads
     no longer list heads that are gone. Raises ValueError if the plan is for another model."""
-    params = _parameters(model, plan)
+    params, here = _parameters(model), _shapes(model)
+    for name in here | plan.shapes:
+        if here.get(name) != plan.shapes.get(name) and name != ROWS:
+            raise ValueError(f"the plan is for another model: {name} is {plan.shapes.get(name)} in the plan, "
+                             f"{here.get(name)} here; make a new plan with two_pass")
     for name, keep in plan.keep.items():
-        for p, axis in _members(name) if not keep.all() else []:
+        for p, axis in _members(name):
             params[p].index_fill_(axis, (~keep).nonzero().flatten().to(model.device), 0)
     for name, (_, _, cut, _, _) in plan.pass2.items():
         weight = params[f"{name}.weight"]
@@ -465,12 +469,12 @@ def _shapes(model: Whisper) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in model.named_parameters()} | heads
 
 
-def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, after a check that it is a Whisper, has values, is the plan's, and that nothing
-    hides a block's weights: the wrong tensor would be cut, silently."""
+def _parameters(model: Whisper) -> dict[str, nn.Parameter]:
+    """The model's parameters by name, after a check that it is a Whisper, has values, and that nothing hides a block's
+    weights: the wrong tensor would be cut, silently."""
     if not isinstance(model, Whisper):
         raise ValueError(f"a whisper.model.Whisper is needed, not a {type(model).__name__}; unwrap it")
-    params, here = dict(model.named_parameters()), _shapes(model)
+    params = dict(model.named_parameters())
     if meta := [name for name, p in params.items() if p.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values; load weights first")
     for name in [*params, *(p for unit in _unit_names(model) for p, _ in _members(unit))]:
@@ -478,10 +482,6 @@ def _parameters(model: Whisper, plan: Plan | None = None) -> dict[str, nn.Parame
         if ".blocks." in name and not own:
             repair = next(repair for sign, repair in REPAIRS.items() if sign in name)
             raise ValueError(f"{name} is not there as a float parameter, or not Whisper's own; {repair}")
-    for name in {} if plan is None else here | plan.shapes:
-        if here.get(name) != plan.shapes.get(name) and name != ROWS:
-            raise ValueError(f"the plan is for another model: {name} is {plan.shapes.get(name)} in the plan, "
-                             f"{here.get(name)} here; make a new plan with two_pass")
     return params
 
 
