@@ -127,6 +127,11 @@ class Plan:
         """Of the block parameters, what `remove_` takes away."""
         return self.removed()[0] / self.removed()[1]
 
+    def heads(self, name: str) -> list[int]:
+        """The heads of attention `name` that stay."""
+        n_head, = self.shapes[name]
+        return self.keep.get(f"{name}.vo", torch.ones(n_head)).view(n_head, -1).any(1).nonzero().flatten().tolist()
+
     def __str__(self) -> str:
         head = "{:35}    mean     std     cut      kept        of".format
         row = "{:35}{:8.4f}{:8.4f}{:8.4f}{:>10}{:>10,}".format
@@ -212,7 +217,7 @@ def mask_(model: Whisper, plan: Plan) -> Whisper:
         weight = params[f"{name}.weight"]
         weight.mul_(weight.float().abs().ge_(cut))    # a float mask: several times faster than masked_fill_
     layers = range(len(model.decoder.blocks))
-    stay = {(i, head) for i in layers for head in _heads(plan, f"decoder.blocks.{i}.cross_attn")}
+    stay = {(i, head) for i in layers for head in plan.heads(f"decoder.blocks.{i}.cross_attn")}
     listed = stay.intersection(map(tuple, model.alignment_heads.indices().T.tolist()))
     _align(model, listed or [pair for pair in stay if pair[0] >= len(layers) // 2])       # or whisper's default
     return model
@@ -235,10 +240,10 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
                 linear.register_buffer("index", linear.index[index] if hasattr(linear, "index") else index)
                 linear.__class__ = SelectingLinear
     for name, attn in _modules(model, MultiHeadAttention):
-        width, attn.n_head = plan.shapes[f"{name}.query.weight"][0] // attn.n_head, len(_heads(plan, name))
+        width, attn.n_head = plan.shapes[f"{name}.query.weight"][0] // attn.n_head, len(plan.heads(name))
         for p in attn.query.parameters():
             p.mul_((len(attn.query.weight) / attn.n_head / width) ** 0.5)
-    _align(model, [(i, _heads(plan, f"decoder.blocks.{i}.cross_attn").index(head))
+    _align(model, [(i, plan.heads(f"decoder.blocks.{i}.cross_attn").index(head))
                    for i, head in model.alignment_heads.indices().T.tolist()])
     return model
 
@@ -554,12 +559,6 @@ def _pass2(model: Whisper, keep: dict[str, Tensor], z2: float) -> dict[str, list
             cut = mean + z2 * std
             pass2[name] = [mean, std, cut, int(torch.count_nonzero(w >= cut)), w.numel()]
     return pass2
-
-
-def _heads(plan: Plan, name: str) -> list[int]:
-    """The heads of attention `name` that stay."""
-    n_head, = plan.shapes[name]
-    return plan.keep.get(f"{name}.vo", torch.ones(n_head)).view(n_head, -1).any(1).nonzero().flatten().tolist()
 
 
 def _align(model: Whisper, pairs: Iterable[tuple[int, int]]) -> None:
