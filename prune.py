@@ -95,10 +95,9 @@ class KeptDecoder(TextDecoder):
         return super().forward(rows, audio, kv_cache)
 
     def forward(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
-        """(B, T, n_vocab), -inf where the row is gone."""
+        """(B, T, n_vocab), -inf where the row is gone (index_copy_ is 5 times faster than a look-up in row_of)."""
         kept = self.kept_logits(ids, audio, kv_cache)
-        logits = kept.new_full((*ids.shape, len(self.row_of)), -math.inf)
-        return logits.index_copy_(-1, self.kept_ids, kept)     # 5 times faster than a look-up in row_of
+        return kept.new_full((*ids.shape, len(self.row_of)), -math.inf).index_copy_(-1, self.kept_ids, kept)
 
 
 @dataclass
