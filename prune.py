@@ -420,8 +420,7 @@ def expand(model: Whisper) -> Whisper:
     rows that `vocabulary_` removed come back as rows that never win; ValueError where `_all_rows` finds none."""
     _parameters(model)
     new = Whisper(model.dims).to(model.device).train(model.training)
-    own = new.state_dict().keys()          # without index, row_of, kept_ids
-    state = {name: t.clone() for name, t in model.state_dict().items() if name in own}
+    state = {name: t.clone() for name, t in model.state_dict().items()}
     state[ROWS] = _all_rows(model.decoder) if isinstance(model.decoder, KeptDecoder) else state[ROWS]
     slots = {}                             # attention name -> where its rows go
     for name, attn in _modules(model, MultiHeadAttention):
@@ -436,7 +435,7 @@ def expand(model: Whisper) -> Whisper:
         for p in [f"{name}.{leaf}" for leaf, _ in linear.named_parameters()]:
             old, state[p] = state[p], state[p].new_zeros(new.get_parameter(p).shape)
             state[p][(rows[:, None], columns) if old.ndim == 2 else rows] = old
-    new.load_state_dict(state, assign=True)
+    new.load_state_dict({name: state[name] for name in new.state_dict()}, assign=True)     # no index, row_of, kept_ids
     new.alignment_heads = model.alignment_heads.clone()
     return new
 
