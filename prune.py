@@ -389,8 +389,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Whisper:
         prefix = next((name.removesuffix(ROWS) for name in state if name.endswith(ROWS)), "")
         state = {name.removeprefix(prefix): t for name, t in state.items()}
         for name, linear in _modules(model, nn.Linear):
-            for leaf, p in list(linear.named_parameters()):
-                setattr(linear, leaf, nn.Parameter(torch.empty(state.get(f"{name}.{leaf}", p).shape)))
+            for leaf, p in linear.named_parameters():
+                p.data = torch.empty(state.get(f"{name}.{leaf}", p).shape)
             linear.out_features, linear.in_features = linear.weight.shape
             if f"{name}.index" in state:
                 linear.register_buffer("index", state[f"{name}.index"])
