@@ -301,8 +301,7 @@ def _read(model: Whisper, block: nn.Module, name: str, x: Tensor, audio: Tensor 
     if name == "mlp":
         return sublayer[:2](x)
     source, mask = (audio, None) if name == "cross_attn" else (x, model.decoder.mask if block.cross_attn else None)
-    q, k, v = sublayer.query(x), sublayer.key(source), sublayer.value(source)
-    return sublayer.qkv_attention(q, k, v, mask)[0]
+    return sublayer.qkv_attention(sublayer.query(x), sublayer.key(source), sublayer.value(source), mask)[0]
 
 
 @torch.no_grad()
