@@ -22,9 +22,8 @@ its bias, row j of key, which has no bias). With n_j the root mean square of the
     pass 1   group j goes    where  n_j < max(floor * mean(n), mean(n) + z1 * std(n))                (1)
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
 
-Pass 1 takes mean and std (dividing by n, not n - 1) over all groups of one side, encoder or decoder, or (with
-curvature, below) of the whole model; if a share to remove is given, z1 is the one that removes it. Pass 2 takes them
-matrix by matrix, biases left alone, and afresh, so that what pass 1 removed does not shift them.
+Pass 1 takes mean and std (dividing by n, not n - 1) over the groups of a side, encoder or decoder, or with curvature
+(below) of the model; pass 2 afresh over each matrix, biases left alone: what pass 1 removed does not shift them.
 
 But the loss can hang on small weights and hardly notice large ones; in a Whisper that OpenAI trained it does. So n_j
 may instead be what removing the group costs. To second order, setting its weights to zero raises the loss L by
@@ -42,8 +41,7 @@ attention on a CPU only if query/key and value are equally wide, and dense kerne
 an attention keep as many dimensions, of query/key and of value, as the head that keeps most, rounded up; the best of
 those under the cut fill up the others. Neurons and columns are rounded up too. A head without value dimensions adds
 nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and `multiple`
-neurons, always stay. `mask_` writes zeros, which defines the plan; `remove_` cuts, to the same function (query is
-scaled, as whisper divides by sqrt(head width)). After that `refit_` can give what read the removed new weights (4).
+neurons, always stay. `mask_` writes zeros, `remove_` cuts to the same function, `refit_` fits what reads the rest (4).
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
@@ -186,9 +184,8 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 
 
 def target(share: float, plan_at: Callable[[float], Plan], low: float = -10.0, high: float = 10.0) -> Plan:
-    """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high. Sizes go
-    in steps: this is the nearest plan met, or the first within 0.1%. Raises ValueError if the share is not between
-    what low and high remove."""
+    """The plan that removes about `share` of the block parameters, by bisection of plan_at from low to high: the
+    nearest met or, as sizes go in steps, the first within 0.1%. ValueError if low and high do not bracket it."""
     plans = [plan_at(low), plan_at(high)]
     least, most = (plan.share for plan in plans)
     if not least <= share <= most:
@@ -241,7 +238,7 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
     for name, attn in _modules(model, MultiHeadAttention):
         width, attn.n_head = plan.shapes[f"{name}.query.weight"][0] // attn.n_head, len(plan.heads(name))
         for p in attn.query.parameters():
-            p.mul_((len(attn.query.weight) / attn.n_head / width) ** 0.5)
+            p.mul_((len(attn.query.weight) / attn.n_head / width) ** 0.5)      # whisper divides by sqrt(head width)
     _align(model, [(i, plan.heads(f"decoder.blocks.{i}.cross_attn").index(head))
                    for i, head in model.alignment_heads.indices().T.tolist()])
     return model
