@@ -4,7 +4,7 @@
     python tests/real.py FOLDER so762 en 0 --vocabulary data        # flags become part of the results' name
     python tests/real.py FOLDER so762 en 0 65% "Taylor, 35%"        # these arms alone
     python tests/real.py FOLDER hi_kokoro hi 0
-    python tests/real.py FOLDER penalties           # what a penalty in the first phase is worth, on so762's dev clips
+    python tests/real.py FOLDER penalties [prox]    # what a penalty in the first phase is worth, on so762's dev clips
     python tests/real.py FOLDER unseen              # errors on words that no training sentence has
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
     python tests/real.py tables                     # README.md's and that of the penalties, from RESULTS
@@ -36,7 +36,9 @@ import tspar
 from tspar import SparseGroupLasso
 
 RESULTS, ARMS = ROOT / "tests/data/real", (0.35, 0.5, 0.65)
-ORIGINAL = {"original": 8, "original, 30 s": None}   # no step taken; arm -> window in seconds
+ORIGINAL = {"original, 30 s": None, "original": 8}   # no step taken; arm -> window in seconds
+STOCK = ("as OpenAI made it, 30 s", "the same, window cut to 8 s")           # their names in the tables
+HALF_30 = "so762-0 50%, 30 s"                        # timed only
 PASS_2 = "35%, with pass 2"                          # at z2 = -1, run.py's default; the other arms have pass 1 alone
 RATES = {"so762": 2.5e-5, "hi_kokoro": 5e-5}
 VOCABULARY = {"so762": "full", "hi_kokoro": "data"}                  # English needs more than an hour's words
@@ -175,7 +177,7 @@ PENALTIES = {                                    # name -> flags, strengths l1 a
     "none": ((), 0, 0, None)}
 
 
-def penalties(folder: Path) -> None:
+def penalties(folder: Path, *names: str) -> None:
     """so762's dev clips after 250 steps with each penalty: cross-entropy of the whole model, of what is left when 50%
     or 35% of the block parameters are removed, and that with WER after recovery. Seed 0. To penalties.json."""
     path = RESULTS / "penalties.json"
@@ -189,7 +191,8 @@ def penalties(folder: Path) -> None:
             print(name, figures, flush=True)
         return row
 
-    for name, (flags, l1, l2, lasso) in PENALTIES.items():
+    for name in names or PENALTIES:
+        flags, l1, l2, lasso = PENALTIES[name]
         shares = [share for share in (0.5, 0.35) if f"{share:.0%}, WER" not in done(name)]
         if not shares:
             continue
@@ -222,9 +225,12 @@ def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> 
 def latency(folder: Path) -> None:
     """Encoder, and greedy decoding of 24 tokens, of one clip: median of 15 rounds in which the models take turns."""
     stock = lambda: prune.load(folder / "base.pt")
-    models = {"as OpenAI made it, 30 s": stock(), "the same, window cut to 8 s": prune.window_(stock(), 8)}
+    models = dict(zip(STOCK, (stock(), prune.window_(stock(), 8))))
     for path in sorted((ROOT / "runs/real").glob("*-0/*.pt")):
-        models |= {f"{path.parent.name} {path.stem}": prune.load(path)} if path.stem != "original" else {}
+        models |= {f"{path.parent.name} {path.stem}": prune.load(path)} if path.stem not in ORIGINAL else {}
+    whole = models[HALF_30] = copy.deepcopy(models["so762-0 50%"])       # what pruning gives without the window
+    whole.encoder.positional_embedding, whole.dims = stock().encoder.positional_embedding, copy.copy(whole.dims)
+    whole.dims.n_audio_ctx = len(whole.encoder.positional_embedding)
     seconds = {name: {"encoder": [], "greedy": []} for name in models}
     with torch.inference_mode():
         for turn in range(16):
@@ -272,21 +278,22 @@ def table() -> str:
     """The first table of README.md, from what RESULTS holds."""
     head = "| Whisper-base | parameters | float16 | encoder | 24 tokens | WER (95%) | WER - dense (95%) |"
     lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
-    lines += [line(name, name, {}, {}) for name in ("as OpenAI made it, 30 s", "the same, window cut to 8 s")]
+    english = results(RESULTS / "so762-0.json")
+    lines += [line(f"{name} (so762)", name, english.get(arm, {}), {}) for arm, name in zip(ORIGINAL, STOCK)]
     for file, data in (("so762-0", "English (so762)"), ("hi_kokoro-0", "Hindi (hi_kokoro), its vocabulary alone")):
         rows = results(RESULTS / f"{file}.json")
         names = {"dense": f"**{data}**: dense"}
-        names |= {f"{share:.0%}": f"TSPAR, {share:.0%} of the blocks removed" for share in ARMS}
+        names |= {f"{share:.0%}": f"TSPAR, {share:.0%} of block parameters removed" for share in ARMS}
         lines += [line(name, f"{file} {arm}", rows[arm], rows["dense"]) for arm, name in names.items() if arm in rows]
     return "\n".join(lines)
 
 
 def line(name: str, key: str, row: dict, dense: dict) -> str:
-    """One model: what it costs, its WER, and the WER's difference from dense's, clip by clip."""
+    """One model: what it costs, its WER, and if `dense` is given the WER's difference from it, clip by clip."""
     x, rates = results(RESULTS / "latency.json")[key], " | "
     if row:
         rates = "{:.1f}% ({:.1f} - {:.1f}) | ".format(row["wer"], *row["wer_ci95"])
-    if row != dense:
+    if dense and row != dense:
         low, high = run.interval(np.subtract(row["errors"], dense["errors"]), dense["words"], 0)
         rates += f"{row['wer'] - dense['wer']:+.1f} ({low:+.1f} to {high:+.1f})"
     return (f"| {name} | {x['parameters'] / 1e6:.1f} M | {2 * x['parameters'] / 1e6:.0f} MB | {x['encoder']:.0f} ms "
@@ -412,6 +419,6 @@ if __name__ == "__main__":
         picture(Path(sys.argv[2]))
         tradeoff()
     elif sys.argv[2] in ("latency", "penalties", "unseen"):
-        globals()[sys.argv[2]](Path(sys.argv[1]))
+        globals()[sys.argv[2]](Path(sys.argv[1]), *sys.argv[3:])
     else:
         arms(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
