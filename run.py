@@ -85,10 +85,10 @@ def run(s: Settings) -> None:
     if not s.resume:
         announce(model, clips, s)
 
-    started, tuned = time.time(), copy.deepcopy(model)
+    started, tuned, recovery = time.time(), copy.deepcopy(model), replace(s, steps=s.recovery_steps)
     first_phase = fine_tune(tuned, train, s, "dense: fine-tune")
     dense, imp = copy.deepcopy(tuned), copy.deepcopy(tuned)
-    fine_tune(dense, train, recovery(s), "dense: go on")
+    fine_tune(dense, train, recovery, "dense: go on")
 
     pruned = tuned
     if s.penalty != "none":                      # otherwise tspar's first phase is dense's
@@ -96,7 +96,7 @@ def run(s: Settings) -> None:
         penalty = SparseGroupLasso(groups_of(pruned, s), s.l1, s.l1, s.l2, s.l2, relative=True)
         first_phase = fine_tune(pruned, train, s, "tspar: fine-tune", penalty)
     plan = prune_(pruned, train, s, first_phase.curvature)
-    fine_tune(pruned, train, recovery(s), "tspar: recover")
+    fine_tune(pruned, train, recovery, "tspar: recover")
 
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
     iterative_magnitude(imp, train, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
@@ -158,12 +158,7 @@ def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float)
     for r in range(IMP_ROUNDS):
         prune.magnitude_(model, 1 - (1 - share) ** ((r + 1) / IMP_ROUNDS))
         steps = s.recovery_steps * (r + 1) // IMP_ROUNDS - s.recovery_steps * r // IMP_ROUNDS
-        fine_tune(model, train, replace(recovery(s), steps=steps), f"imp: round {r + 1} of {IMP_ROUNDS}")
-
-
-def recovery(s: Settings) -> Settings:
-    """The second phase as settings of its own."""
-    return replace(s, steps=s.recovery_steps)
+        fine_tune(model, train, replace(s, steps=steps), f"imp: round {r + 1} of {IMP_ROUNDS}")
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning

@@ -101,7 +101,7 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
             model = run.load_model(replace(s, window=ORIGINAL[arm]))
         elif arm != "tuned" and "IMP" not in arm:        # whose rounds have retrained it
             title = arm.replace("dense", "dense: go on").replace("%", "")
-            facts |= {"loss": run.fine_tune(model, train, run.recovery(s), title).loss}
+            facts |= {"loss": run.fine_tune(model, train, replace(s, steps=s.recovery_steps), title).loss}
         measured(arm, model, test if arm not in ORIGINAL else run.load_clips(model, "test", s), s, **facts)
 
 
@@ -209,7 +209,7 @@ def penalties(folder: Path, *names: str) -> None:
             less = copy.deepcopy(model)
             run.prune_(less, train, replace(s, target=share), first.curvature)
             done(name, **{f"{share:.0%}": cross_entropy(less, dev, s)})
-            run.fine_tune(less, train, run.recovery(s), f"recover {share}")
+            run.fine_tune(less, train, replace(s, steps=s.recovery_steps), f"recover {share}")
             wer = run.figures(less, dev, run.transcribe(less, dev, s), s)["wer"]
             done(name, **{f"{share:.0%}, recovered": cross_entropy(less, dev, s), f"{share:.0%}, WER": wer})
 
