@@ -182,12 +182,16 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    path = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt")
-    phase = taken_up(path, model, optimizer, s)
+    path, phase = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt"), Phase()
+    if s.resume and path.is_file():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved.pop("model"))
+        optimizer.load_state_dict(saved.pop("optimizer") or optimizer.state_dict())        # a finished phase has none
+        phase = Phase(**saved)
     start, warm_up = phase.step, max(1, min(50, s.steps // 5))
     loader, n_targets = steps_of(train, s, start)
     bar = tqdm(range(start, s.steps), title, s.steps, initial=start, leave=False, ncols=80, disable=RANK > 0 or None)
-    saved = time.time()
+    last_save = time.time()
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
@@ -202,9 +206,12 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
         for weight, keep in zeros:
             weight.data.mul_(keep)
         phase.step, phase.losses = step + 1, [*phase.losses[-19:], loss]
-        if phase.step == s.steps or time.time() > saved + SAVE_EVERY:
-            keep_phase(path, phase, model, optimizer, s)
-            saved = time.time()
+        if phase.step == s.steps:
+            phase.curvature = mean_squares(model, optimizer)
+        if phase.curvature or time.time() > last_save + SAVE_EVERY:
+            state = {"model": model.state_dict(), "optimizer": {} if phase.curvature else optimizer.state_dict()}
+            write(path, lambda file: torch.save(state | vars(phase), file))
+            last_save = time.time()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     model.eval()
     if start < s.steps or not s.resume:          # a phase that --resume found finished has been reported
@@ -213,28 +220,11 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
     return phase
 
 
-def taken_up(path: Path, model: Whisper, optimizer: torch.optim.Optimizer, s: Settings) -> Phase:
-    """The phase that lies at `path`, for --resume to go on with, its weights in model and optimizer; or a new one."""
-    if not (s.resume and path.is_file()):
-        return Phase()
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(saved.pop("model"))
-    moments = saved.pop("optimizer")
-    if moments:                                  # a finished phase has none
-        optimizer.load_state_dict(moments)
-    return Phase(**saved)
-
-
-def keep_phase(path: Path, phase: Phase, model: Whisper, optimizer: torch.optim.Optimizer, s: Settings) -> None:
-    """To OUT/state. A finished phase trades Adam's moments for the curvature, its second moment (bias-corrected): the
-    squared gradients of whole steps, clipped, over the last 50 steps or so."""
-    moments = optimizer.state_dict()
-    if phase.step == s.steps:
-        beta = optimizer.param_groups[0]["betas"][1]
-        phase.curvature = {name: optimizer.state[p]["exp_avg_sq"] / (1 - beta ** float(optimizer.state[p]["step"]))
-                           for name, p in model.named_parameters() if p in optimizer.state}
-        moments = None
-    write(path, lambda file: torch.save({"model": model.state_dict(), "optimizer": moments, **vars(phase)}, file))
+def mean_squares(model: Whisper, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's second moment (bias-corrected): squared gradients of whole steps, clipped, over the last 50 or so."""
+    beta = optimizer.param_groups[0]["betas"][1]
+    return {name: optimizer.state[p]["exp_avg_sq"] / (1 - beta ** float(optimizer.state[p]["step"]))
+            for name, p in model.named_parameters() if p in optimizer.state}
 
 
 def steps_of(train: Clips, s: Settings, first: int) -> tuple:
