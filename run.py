@@ -172,7 +172,7 @@ class Phase:
 
     @property
     def loss(self) -> float:
-        return float(np.mean(self.losses or [math.nan]))
+        return float(np.mean(self.losses))
 
 
 def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> Phase:
@@ -214,9 +214,9 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
             last_save = time.time()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     model.eval()
-    if start < s.steps or not s.resume:          # a phase that --resume found finished has been reported
-        loss = f"loss {phase.loss:.3f} nats a token" if phase.losses else "untouched"
-        say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: {loss}, {time.time() - started:.0f} s")
+    if start < s.steps:                          # not a phase that --resume found finished: it has been reported
+        say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: loss {phase.loss:.3f} nats a token, "
+               f"{time.time() - started:.0f} s")
     return phase
 
 
