@@ -398,15 +398,12 @@ def normalizer(language: str):
     if language == "en":
         return EnglishTextNormalizer()
 
-    def plain(c: str) -> str:
-        kind = unicodedata.category(c)
-        return "" if kind == "Cf" else " " if kind[0] in "PSZC" else c
-
     def clean(text: str) -> str:
         for typed, letter in ONE_LETTER.items():
             text = text.replace(typed + "\u200d", letter)
-        text = unicodedata.normalize("NFKC", APOSTROPHE.sub("", text)).lower()
-        words = "".join(map(plain, UNSEEN.sub("", text))).split()
+        text = UNSEEN.sub("", unicodedata.normalize("NFKC", APOSTROPHE.sub("", text)).lower())
+        kinds = [(c, unicodedata.category(c)) for c in text]
+        words = "".join(" " if kind[0] in "PSZC" else c for c, kind in kinds if kind != "Cf").split()
         return " ".join("".join(words) if language in SPACELESS else words)
     return clean
 
