@@ -586,13 +586,10 @@ class Clips(Dataset):
 
     def mel(self, i: int) -> torch.Tensor:
         """Log-mel spectrogram (n_mels, n_frames), silence to the end; made once if kept, in half precision."""
-        mel = self.mels.get(i)
-        if mel is None:
+        if i not in self.mels:
             audio = whisper.pad_or_trim(read_audio(self.paths[i]), self.n_frames * HOP_LENGTH)
-            mel = whisper.log_mel_spectrogram(audio, self.n_mels).half()
-        if not self.workers:
-            self.mels[i] = mel
-        return mel.float()
+            self.mels[i] = whisper.log_mel_spectrogram(audio, self.n_mels).half()
+        return (self.mels.pop(i) if self.workers else self.mels[i]).float()
 
     def __getitem__(self, key: tuple) -> tuple[torch.Tensor, list[int]]:
         """(i,): clip i as it is. (i, *seeds): augmented by those seeds, so alike in any process, now or resumed."""
