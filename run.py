@@ -29,6 +29,7 @@ import signal
 import sys
 import textwrap
 import time
+import timeit
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
@@ -847,27 +848,24 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     """What is about to be done and how long it will take, from three steps and one batch of decoding."""
     for split, some in clips.items():
         say(s, f"{split:<6}{len(some):>6,} clips   {some.left_out}".rstrip())
-    rows, of, size = len(model.decoder.token_embedding.weight), model.dims.n_vocab, model.dims.n_text_state
+    (rows, width), of = model.decoder.token_embedding.weight.shape, model.dims.n_vocab
     if rows < of:
-        say(s, f"vocabulary: {rows:,} of {of:,} tokens stay, {(of - rows) * size / 1e6:.1f} M parameters less")
-    train, test, took = clips["train"], clips[s.split], []
+        say(s, f"vocabulary: {rows:,} of {of:,} tokens stay, {(of - rows) * width / 1e6:.1f} M parameters less")
+    train, test, size = clips["train"], clips[s.split], s.batch * s.accumulate * WORLD
     loader, n_targets = steps_of(train, replace(s, steps=3), 0)
     loader = iter([*loader])                     # audio is read ahead, or once for all steps: no part of a step's time
-    for n in n_targets:
-        started = time.time()
-        backward(model, loader, n, s)
-        took.append(time.time() - started)
+    step = min(timeit.repeat(lambda: backward(model, loader, n_targets[0], s), number=1, repeat=3))
     model.zero_grad()
-    length, few, started = round(np.mean(n_targets) / s.batch / s.accumulate / WORLD), min(8, len(test)), time.time()
+    length, few, started = round(np.mean(n_targets) / size), min(8, len(test)), time.time()
     mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
     whisper.decode(model.eval(), mels, replace(decoding(model, s), sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
-    seconds = steps * min(took) + len(MODELS) * len(test) * (time.time() - started) / few
+    seconds = steps * step + len(MODELS) * len(test) * (time.time() - started) / few
     memory = flops.training_memory(model, length + train.n_start, s.batch, 2 if s.precision == "bf16" else 4)
     memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
-    say(s, f"{steps:,} steps of {s.batch * s.accumulate * WORLD} clips, {min(took):.2f} s each, then four models to "
-           f"measure: about {max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} "
-           "activations. A loss is in nats (natural log) a token.\n")
+    say(s, f"{steps:,} steps of {size} clips, {step:.2f} s each, then four models to measure: about "
+           f"{max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} activations. A loss "
+           "is in nats (natural log) a token.\n")
 
 
 def main(argv: list[str] | None = None) -> int:
