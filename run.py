@@ -394,10 +394,8 @@ def normalizer(language: str):
     and what is not seen (joiners stand inside words) goes without a trace, as do apostrophes within a word: Whisper's
     BasicTextNormalizer would delete the vowel signs of every Indic script. A language without spaces between words
     gets one around each character, so that its words are its characters."""
-    if language == "hi":
-        return normalize
-    if language == "en":
-        return EnglishTextNormalizer()
+    if language in ("hi", "en"):
+        return normalize if language == "hi" else EnglishTextNormalizer()
 
     def clean(text: str) -> str:
         for typed, letter in ONE_LETTER.items():
