@@ -77,7 +77,7 @@ def run(s: Settings) -> None:
     s = completed(s, original)
     if s.transcribe or s.evaluate:
         return look(original, s)
-    clips = {split: load_clips(original, split, s) for split in ("train", s.split)}
+    clips = {split: Clips(original, split, s) for split in ("train", s.split)}
     train, model = clips["train"], prepared(copy.deepcopy(original), clips["train"], s)
     if s.target:
         decide(model, s)                         # whether so much can go at all, before hours of training
@@ -330,7 +330,7 @@ def look(model: Whisper, s: Settings) -> None:
             text = " ".join(decode(model, mel[None], s)[0] for mel in mels)
         print(f"{path}\t{text}", flush=True)
     if s.evaluate:
-        rows, _ = compare({Path(s.model).stem[:8]: model}, load_clips(model, s.split, s), s)
+        rows, _ = compare({Path(s.model).stem[:8]: model}, Clips(model, s.split, s), s)
         print(table(rows))
 
 
@@ -558,23 +558,32 @@ def looked_at(table: Path, tokenizer, window: float, context: int, rows: list) -
 
 class Clips(Dataset):
     """One split of a Common Voice folder, made ready for one model: item i is (log-mel spectrogram, tokens).
-    What says nothing, and what the model's window or text context cannot hold, is left out; `left_out` says how much.
-    What is wrong shows now, not after an hour. `workers` processes read the audio; without any it stays in memory."""
+    What says nothing, and what the model's window or text context cannot hold, is left out; `left_out` says how much,
+    and what spoils a figure: what comes twice, or in train. What is wrong shows now, not after an hour. --workers
+    processes read the audio; without any it stays in memory."""
 
-    def __init__(self, folder: Path, split: str, model: Whisper, tokenizer, limit: int = 0, workers: int = 0):
+    def __init__(self, model: Whisper, split: str, s: Settings):
+        tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language)
         self.n_start, self.n_mels = len(tokenizer.sot_sequence_including_notimestamps), model.dims.n_mels
-        self.n_frames, self.workers, self.mels = 2 * model.dims.n_audio_ctx, workers, {}
+        self.n_frames, self.workers, self.mels, folder = 2 * model.dims.n_audio_ctx, s.workers, {}, data_folder(s)
         table, window, context = folder / f"{split}.tsv", model.dims.n_audio_ctx / 50, model.dims.n_text_ctx
-        rows = read_table(table, limit)
+        rows = read_table(table, s.limit)
         look = partial(looked_at, table, tokenizer, window, context)
-        few = 0 if len(rows) < 2000 else workers                       # a process takes as long to start
+        few = 0 if len(rows) < 2000 else s.workers                     # a process takes as long to start
         looked = [*chain(*DataLoader(rows, 500, num_workers=few, collate_fn=look, worker_init_fn=ignore_ctrl_c))]
         faults = [row for row in looked if isinstance(row, str)]
         need(not faults, "".join(faults[:1]) + f" ({len(faults):,} of {len(rows):,} rows have a fault)")
         kept, why = [row[:3] for row in looked if not row[3]], Counter(row[3] for row in looked if row[3])
         need(kept, f"no clip of {table} has words and fits the model's {window:g} s, {context} tokens; take another")
         self.paths, self.sentences, self.tokens = map(list, zip(*kept))
-        self.left_out = "left out: " + ", ".join(f"{n} {reason}" for reason, n in why.items()) if why else ""
+        said = {"named twice": len(kept) - len({*self.paths})}
+        if split != "train" and (folder / "train.tsv").is_file():
+            _, names, sentences = map(set, zip(*read_table(folder / "train.tsv")))
+            paths = {folder / "clips" / name for name in names}
+            said |= {"in train too": sum(path in paths for path in self.paths),
+                     "with a sentence of train": sum(text in sentences for text in self.sentences)}
+        left_out = ["left out: " + ", ".join(f"{n} {reason}" for reason, n in why.items())] if why else []
+        self.left_out = "; ".join([*left_out, *(f"{n} {what}" for what, n in said.items() if n)])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -807,20 +816,6 @@ def data_folder(s: Settings) -> Path:
     need(folder.is_dir(), f"--data {s.data}: {name} is neither mini_hi nor a folder with train.tsv, dev.tsv, test.tsv "
          "and clips/; for cv11_hi --data-dir or $CV11_HI names the folder of Mozilla's Common Voice 11.0, Hindi")
     return folder
-
-
-def load_clips(model: Whisper, split: str, s: Settings) -> Clips:
-    """One split of the data, for this model. left_out says too what spoils a figure: what comes twice, or in train."""
-    folder, known = data_folder(s), lambda mine, other: sum(one in other for one in mine)
-    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language)
-    clips = Clips(folder, split, model, tokenizer, s.limit, s.workers)
-    said = {"named twice": len(clips) - len({*clips.paths})}
-    if split != "train" and (folder / "train.tsv").is_file():
-        _, names, sentences = map(set, zip(*read_table(folder / "train.tsv")))
-        said |= {"in train too": known(clips.paths, {folder / "clips" / name for name in names}),
-                 "with a sentence of train": known(clips.sentences, sentences)}
-    clips.left_out = "; ".join(filter(None, [clips.left_out, *(f"{n} {what}" for what, n in said.items() if n)]))
-    return clips
 
 
 def load_model(s: Settings) -> Whisper:

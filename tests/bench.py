@@ -202,12 +202,12 @@ def load() -> None:
     """Run in a process of its own, on the folder named last: prints seconds of two calls, and GiB of both together."""
     import run
     status = lambda key: next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key)) / 2 ** 20
-    tokenizer, spent = run.get_tokenizer(True, language="hi", task="transcribe"), []
-    tokenizer.encode("नमस्ते")
+    model, spent = SimpleNamespace(dims=SMALL, is_multilingual=True, num_languages=99), []
+    run.get_tokenizer(True, num_languages=99, language="hi").encode("नमस्ते")
     before = status("VmRSS")
     for _ in range(2):
         started, worked = time.perf_counter(), time.process_time()
-        clips = run.Clips(Path(sys.argv[2]), "train", SimpleNamespace(dims=SMALL), tokenizer, workers=os.cpu_count())
+        clips = run.Clips(model, "train", run.Settings(data=sys.argv[2], workers=os.cpu_count()))
         spent += [time.perf_counter() - started, time.process_time() - worked]
     print("{:5.1f} s ({:4.1f} of processor), again {:5.1f} s ({:4.1f})".format(*spent)
           + f", {status('VmHWM') - before:.2f} GiB, {len(clips):,} kept")

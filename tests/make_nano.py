@@ -80,8 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--language", default="hi")
     parser.add_argument("--out", type=Path, default=DATA / "nano.pt")
     args = parser.parse_args()
-    tokenizer = whisper.tokenizer.get_tokenizer(True, language=args.language, task="transcribe")
-    clips = Clips(args.data, "train", whisper.model.Whisper(DIMS), tokenizer)
+    clips = Clips(whisper.model.Whisper(DIMS), "train", Settings(data=str(args.data), language=args.language))
     started, model = time.time(), fresh(clips, args.seed)
     train(model, clips, args.steps, args.seed)
     state = {name: value.half() if value.is_floating_point() else value

@@ -84,7 +84,7 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
     flags = [word.strip("-") for word in words] if words and words[0].startswith("--") else []
     name = "-".join([data, str(seed), *flags])
     s, original = begin(folder, data, language, seed, name, *(words if flags else ()))
-    train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
+    train, test = (run.Clips(original, split, s) for split in ("train", "test"))
     dense = run.prepared(copy.deepcopy(original), train, s)
     first = run.fine_tune(dense, train, s, "dense: fine-tune")
     for arm in ["tuned"] if flags else words or ("tuned", "dense", "50%", "35%"):
@@ -102,7 +102,7 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
         elif arm != "tuned" and "IMP" not in arm:        # whose rounds have retrained it
             title = arm.replace("dense", "dense: go on").replace("%", "")
             facts |= {"loss": run.fine_tune(model, train, replace(s, steps=s.recovery_steps), title).loss}
-        measured(arm, model, test if arm not in ORIGINAL else run.load_clips(model, "test", s), s, **facts)
+        measured(arm, model, test if arm not in ORIGINAL else run.Clips(model, "test", s), s, **facts)
 
 
 def iterative(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
@@ -197,7 +197,7 @@ def penalties(folder: Path, *names: str) -> None:
         if not shares:
             continue
         s, original = begin(folder, "so762", "en", 0, f"penalty-{name.partition(' ')[0]}", *flags)
-        train, dev = (run.load_clips(original, split, s) for split in ("train", "dev"))
+        train, dev = (run.Clips(original, split, s) for split in ("train", "dev"))
         model = run.prepared(original, train, s)
         penalty = lasso and lasso(run.groups_of(model, s), l1, l1, l2, l2, relative=True)
         first = run.fine_tune(model, train, s, "dense: fine-tune", penalty)
@@ -257,7 +257,7 @@ def unseen(folder: Path) -> None:
     result = {}
     for data, language in (("so762", "en"), ("hi_kokoro", "hi")):
         s, original = begin(folder, data, language, 0, f"{data}-0")
-        train, test = (run.load_clips(original, split, s) for split in ("train", "test"))
+        train, test = (run.Clips(original, split, s) for split in ("train", "test"))
         clean = run.normalizer(language)
         known, said = {word for text in train.sentences for word in clean(text).split()}, [*map(clean, test.sentences)]
         for path in sorted((ROOT / f"runs/real/{data}-0").glob("*.json")):

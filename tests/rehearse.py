@@ -93,7 +93,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         rehearse(args.size, Path(folder), args.batch, flags)
-        clips = run.Clips(Path(folder) / "cv", "train", Whisper(DIMS["tiny"]), whisper.tokenizer.get_tokenizer(True), workers=1)
+        clips = run.Clips(Whisper(DIMS["tiny"]), "train", run.Settings(data=f"{folder}/cv", workers=1))
         started = time.perf_counter()
         for i in range(20):
             clips[i % len(clips), 0, i]

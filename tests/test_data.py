@@ -16,7 +16,8 @@ from whisper.tokenizer import get_tokenizer
 import run
 
 TOKENIZER = get_tokenizer(True, language="hi", task="transcribe")
-NANO = SimpleNamespace(dims=ModelDimensions(80, 150, 128, 2, 4, 51865, 128, 128, 2, 4))        # 3 s, 128 tokens
+NANO = SimpleNamespace(is_multilingual=True, num_languages=99,         # 3 s, 128 tokens
+                       dims=ModelDimensions(80, 150, 128, 2, 4, 51865, 128, 128, 2, 4))
 SAID = "नमस्ते दुनिया"
 
 
@@ -35,14 +36,14 @@ def data(tmp_path: Path, text: str | bytes, split: str = "train", clips: str = "
     return tmp_path
 
 
-def read(folder: Path, split: str = "train", tokenizer=TOKENIZER) -> run.Clips:
-    return run.Clips(folder, split, NANO, tokenizer)
+def read(folder: Path, split: str = "train", **given) -> run.Clips:
+    return run.Clips(NANO, split, run.Settings(data=str(folder), **given))
 
 
-def refused(folder: Path, *words: str, tokenizer=TOKENIZER) -> None:
+def refused(folder: Path, *words: str) -> None:
     """The table is refused in one line that has those words."""
     with pytest.raises(run.Stop) as stop:
-        read(folder, tokenizer=tokenizer)
+        read(folder)
     text = str(stop.value)
     assert "\n" not in text and stop.value.code == 2
     assert all(word in text for word in ("train.tsv", *words)), text
@@ -125,13 +126,11 @@ def test_what_spoils_a_figure_is_said(tmp_path):
     """A clip twice in test, two that are in train, a sentence that is in train: counted beside what is left out."""
     folder = data(tmp_path, "path→sentence\na.wav→नमस्ते\nb.wav→दुनिया\n")
     data(tmp_path, "path→sentence\nc.wav→हाँ\nc.wav→हाँ\n./a.wav→नमस्ते\nb.wav→।\n", "test")
-    model = SimpleNamespace(dims=NANO.dims, is_multilingual=True, num_languages=99)
-    s = run.Settings(data=str(folder), workers=0)
-    assert run.load_clips(model, "train", s).left_out == ""
-    assert run.load_clips(model, "test", s).left_out == (
+    assert read(folder, "train").left_out == ""
+    assert read(folder, "test").left_out == (
         "left out: 1 without text; 1 named twice; 1 in train too; 1 with a sentence of train")
     (folder / "train.tsv").unlink()
-    assert run.load_clips(model, "test", s).left_out == "left out: 1 without text; 1 named twice"
+    assert read(folder, "test").left_out == "left out: 1 without text; 1 named twice"
 
 
 # ---- sentences
@@ -155,7 +154,7 @@ def test_where_nothing_is_said_is_left_out(tmp_path, language, silent):
     """Punctuation and what else the normalizer deletes leave no word to get wrong."""
     nothing = "".join(f"b.wav→{text}\n" for text in silent.split())
     folder = data(tmp_path, f"path→sentence\na.wav→{SAID}\nc.wav→\n{nothing}")
-    clips = read(folder, tokenizer=get_tokenizer(language != "en", language=language))
+    clips = read(folder, language=language)
     assert len(clips) == 1 and clips.left_out == f"left out: {len(silent.split()) + 1} without text"
 
 
@@ -292,7 +291,7 @@ def test_the_prompt_is_the_one_that_decoding_gives(tmp_path, language, n_vocab):
     """English-only, 99 languages and 100: prompt, text and end have the ids that whisper.decode would use."""
     model = Whisper(replace(DIMS, n_vocab=n_vocab))
     s = run.Settings(data=str(data(tmp_path, "path→sentence\na.wav→good morning\n")), language=language, workers=0)
-    clips = run.load_clips(model, "train", s)
+    clips = run.Clips(model, "train", s)
     options = whisper.DecodingOptions(language=language, without_timestamps=True, fp16=False)
     task = whisper.decoding.DecodingTask(model, options)
     assert clips.n_start == (2 if n_vocab == 51864 else 4)
@@ -308,13 +307,13 @@ def test_processes_find_what_one_finds(tmp_path):
     rows = [("abc"[i % 3] + ".wav", f"वाक्य {i}" if i % 5 else "।") for i in range(2004)]
     folder = data(tmp_path, "path→sentence\n" + "".join(f"{path}→{text}\n" for path, text in rows))
     (folder / "clips/c.wav").write_bytes(b"")
-    one, two = (run.Clips(folder, "train", NANO, TOKENIZER, workers=n) for n in (0, 2))
+    one, two = (read(folder, workers=n) for n in (0, 2))
     assert one.paths == two.paths and one.tokens == two.tokens and one.sentences == two.sentences
-    assert one.left_out == two.left_out == "left out: 267 without text, 668 without sound"
+    assert one.left_out == two.left_out == "left out: 267 without text, 668 without sound; 1067 named twice"
     rows[700] = rows[1500] = ("no.wav", "नमस्ते")
     data(tmp_path, "path→sentence\n" + "".join(f"{path}→{text}\n" for path, text in rows), clips="")
     with pytest.raises(run.Stop, match="line 702: .*no.wav is no file.*2 of 2,004 rows"):
-        run.Clips(folder, "train", NANO, TOKENIZER, workers=2)
+        read(folder, workers=2)
 
 
 @pytest.mark.parametrize("language, n_vocab, words", [

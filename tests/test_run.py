@@ -76,7 +76,7 @@ def test_batch_predicts_the_text_and_its_end(nano):
     """Every text token and the final end-of-text is a target once; prompt and padding never are. The prompt is the one
     that decoding begins with."""
     s = run.completed(run.settings(["--limit", "5"]), nano)
-    clips, prompt = run.load_clips(nano, "dev", s), DecodingTask(nano, run.decoding(nano, s)).initial_tokens
+    clips, prompt = run.Clips(nano, "dev", s), DecodingTask(nano, run.decoding(nano, s)).initial_tokens
     mels, inputs, targets = clips.collate([clips[i,] for i in range(5)])
     assert mels.shape == (5, 80, 300) and inputs.shape == targets.shape
     for row_in, row_out, text in zip(inputs.tolist(), targets.tolist(), clips.sentences):
@@ -90,7 +90,7 @@ def test_batch_predicts_the_text_and_its_end(nano):
 def test_objective_is_the_stock_softmax(cut):
     """Cross-entropy of stock logits, -inf where --vocabulary data has cut a row: 51,865 wide, summed over the targets."""
     model = prune.load(NANO)
-    clips, s = run.Clips(MINI, "dev", model, TOKENIZER, limit=4), run.Settings(vocabulary="data", device="cpu")
+    clips, s = run.Clips(model, "dev", run.Settings(limit=4)), run.Settings(vocabulary="data", device="cpu")
     mels, inputs, targets = clips.collate([clips[i,] for i in range(4)])
     with torch.no_grad():
         logits = model(mels, inputs)
@@ -108,7 +108,7 @@ def small_run(tmp_path: Path, *flags: str) -> tuple:
     model = prune.load(NANO)
     (tmp_path / "state").mkdir(parents=True)
     s = run.completed(run.settings([*flags, "--out", str(tmp_path)]), model)
-    return model, s, run.Clips(MINI, "train", model, TOKENIZER, 12)
+    return model, s, run.Clips(model, "train", run.Settings(limit=12))
 
 
 def test_curvature_is_the_mean_squared_gradient(tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_augment_repeats_with_its_generator():
 
 def test_test_sentences_are_not_in_train(nano):
     """No sentence of dev or test is spelled, after normalization, like one of train: a score is no memory test."""
-    split = {name: {run.normalize(s) for s in run.Clips(MINI, name, nano, TOKENIZER).sentences} for name in ("train", "dev", "test")}
+    split = {name: {run.normalize(s) for s in run.Clips(nano, name, run.Settings()).sentences} for name in ("train", "dev", "test")}
     assert [len(split[name]) for name in ("train", "dev", "test")] == [1400, 240, 240]
     assert not split["train"] & split["test"] and not split["train"] & split["dev"] and not split["dev"] & split["test"]
 
@@ -182,7 +182,7 @@ def test_normalizers_keep_vowel_signs():
 
 def test_stock_whisper_reads_nano(nano):
     """whisper.load_model and whisper.decode, no code of ours in between: 40 test clips at under 10% WER."""
-    clips = run.Clips(MINI, "test", nano, TOKENIZER, limit=40)
+    clips = run.Clips(nano, "test", run.Settings(limit=40))
     mels = torch.stack([whisper.log_mel_spectrogram(whisper.pad_or_trim(run.read_audio(p), 48000)) for p in clips.paths])
     texts = [r.text for r in whisper.decode(nano, mels, whisper.DecodingOptions(language="hi", without_timestamps=True, fp16=False))]
     clean = run.normalizer("hi")
@@ -214,7 +214,7 @@ def test_checkpoints_give_the_reported_transcripts(finished, tmp_path):
     prune.save(prune.expand(prune.load(finished / "dense.pt")), tmp_path / "stock.pt")
     for name, load, path in (("tspar", prune.load, finished / "tspar.pt"), ("dense", whisper.load_model, tmp_path / "stock.pt")):
         model = load(str(path), "cpu").eval()
-        assert run.transcribe(model, run.Clips(MINI, "test", model, TOKENIZER, 8), s) == report["transcripts"][name]
+        assert run.transcribe(model, run.Clips(model, "test", run.Settings(limit=8)), s) == report["transcripts"][name]
 
 
 def test_other_ways_through(tmp_path, capsys):
@@ -279,7 +279,7 @@ def test_window(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--window", "2", "--vocabulary", "data"]
     assert run.main([*QUICK, "--limit", "16", *arguments, "--out", str(out)]) == 0
-    seconds = [soundfile.info(path).duration for path in run.Clips(MINI, "train", prune.load(NANO), TOKENIZER, 16).paths]
+    seconds = [soundfile.info(path).duration for path in run.Clips(prune.load(NANO), "train", run.Settings(limit=16)).paths]
     longer = sum(x > 2 for x in seconds)
     assert 0 < longer < 16 and f"{16 - longer} clips   left out: {longer} over 2 s" in capsys.readouterr().out
     model = prune.load(out / "tspar.pt")
@@ -635,7 +635,7 @@ def test_pass_two_comes_last(tmp_path):
 
 def test_decoding_processes_change_nothing(nano):
     """Two workers deliver the clips that the main process would have made, augmentation included."""
-    clips, keys = run.Clips(MINI, "train", nano, TOKENIZER, 6, 1), [(0, 0, 7), (3, 0, 8), (5,)]
+    clips, keys = run.Clips(nano, "train", run.Settings(limit=6, workers=1)), [(0, 0, 7), (3, 0, 8), (5,)]
     for ours, theirs in zip(*(list(run.batches(clips, run.Settings(workers=n, device="cpu"), keys, 2)) for n in (0, 2))):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
     plain, once, again, elsewhere, other_seed = (clips[key][0] for key in ((0,), (0, 0, 7), (0, 0, 7), (0, 0, 8), (0, 1, 7)))
@@ -660,7 +660,7 @@ def test_loops_are_decoded_again(nano, monkeypatch):
 
 def test_transcribe_files(tmp_path, capsys):
     """A clip, and the same clip twice with a second of silence between, longer than nano's window: the text, once and twice."""
-    clips = run.Clips(MINI, "test", prune.load(NANO), TOKENIZER, 1)
+    clips = run.Clips(prune.load(NANO), "test", run.Settings(limit=1))
     audio = run.read_audio(clips.paths[0])
     soundfile.write(tmp_path / "once.wav", audio, 16000)
     soundfile.write(tmp_path / "twice.flac", np.concatenate([np.pad(audio, (0, 48000 - len(audio))), audio]), 16000)
@@ -780,12 +780,13 @@ def test_clips_that_do_not_fit_are_counted(nano, tmp_path, capsys):
     soundfile.write(folder / "clips" / lines[2].split("\t")[1], np.zeros(4 * 48000), 48000)
     lines[3] = lines[3].replace(lines[3].split("\t")[2], "नमस्ते " * 100)
     (folder / "test.tsv").write_text("\n".join(lines), encoding="utf8")
-    clips = run.Clips(folder, "test", nano, TOKENIZER)
+    (folder / "train.tsv").unlink()              # it has the same clips
+    clips = run.Clips(nano, "test", run.Settings(data=str(folder)))
     assert len(clips) == 2 and clips.left_out == "left out: 1 over 3 s, 1 over 128 tokens"
     assert clips.sentences[0].startswith('"'), "a lone quotation mark is a character"
     for words, fits in ((123, True), (124, True), (125, False)):        # 4 of prompt, and the end is never an input: 128
         (folder / "dev.tsv").write_text("\n".join([lines[0], lines[1], lines[1].replace(lines[1].split("\t")[2], "a " * words)]), encoding="utf8")
-        assert len(run.Clips(folder, "dev", nano, TOKENIZER)) == 1 + fits
+        assert len(run.Clips(nano, "dev", run.Settings(data=str(folder)))) == 1 + fits
 
 
 def test_network_only_for_a_model_named_by_name(tmp_path, monkeypatch, capsys):
