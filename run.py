@@ -570,7 +570,7 @@ class Clips(Dataset):
         rows = read_table(table, s.limit)
         look = partial(looked_at, table, tokenizer, window, context)
         few = 0 if len(rows) < 2000 else s.workers                     # a process takes as long to start
-        looked = [*chain(*DataLoader(rows, 500, num_workers=few, collate_fn=look, worker_init_fn=ignore_ctrl_c))]
+        looked = [*chain(*DataLoader(rows, 500, num_workers=few, collate_fn=look))]
         faults = [row for row in looked if isinstance(row, str)]
         need(not faults, "".join(faults[:1]) + f" ({len(faults):,} of {len(rows):,} rows have a fault)")
         kept, why = [row[:3] for row in looked if not row[3]], Counter(row[3] for row in looked if row[3])
@@ -626,12 +626,7 @@ def augment(mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 def batches(clips: Clips, s: Settings, keys: list[tuple], size: int) -> DataLoader:
     """The clips that the keys name in batches of that size, decoded ahead in --workers processes."""
     return DataLoader(clips, size, sampler=keys, collate_fn=clips.collate, num_workers=s.workers,
-                      pin_memory=s.device != "cpu", worker_init_fn=ignore_ctrl_c)
-
-
-def ignore_ctrl_c(_: int) -> None:
-    """Stopping is the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+                      pin_memory=s.device != "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------- nothing is lost
