@@ -266,11 +266,9 @@ def objective(model: Whisper, batch: list[torch.Tensor], s: Settings) -> torch.T
     """Cross-entropy of a batch (Clips.collate) in nats, summed over the targets, activations in --precision."""
     mels, inputs, targets = [x.to(s.device, non_blocking=True) for x in batch]
     with mixed(s):
-        decoder, audio = model.decoder, model.encoder(mels)
-        if not isinstance(decoder, prune.KeptDecoder):
-            logits = decoder(inputs, audio)
-        else:                                    # rows that are gone have the probability 0, so no part in the sum
-            logits = decoder.kept_logits(inputs, audio)
+        decoder, kept = model.decoder, isinstance(model.decoder, prune.KeptDecoder)
+        logits = (decoder.kept_logits if kept else decoder)(inputs, model.encoder(mels))
+        if kept:                                 # rows that are gone have the probability 0, so no part in the sum
             targets = torch.where(targets < 0, targets, decoder.row_of[targets])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
