@@ -684,19 +684,18 @@ def start_folder(s: Settings, model: Whisper) -> None:
         begun = json.loads(record.read_text(encoding="utf8"))
         other = [f"{key} {begun.get(key)}, not {ours[key]}" for key in sorted(same) if begun.get(key) != ours[key]]
         need(not other, f"--resume: {out} was begun with {'; '.join(other)}; give the same command again")
+        say(s, "\nresumed")
     else:
         need(not out.exists() or out.is_dir() and (s.overwrite or not any(out.iterdir())),
              f"--out {out} already holds something; name another, --resume what was interrupted, or --overwrite it")
         room = shutil.disk_usage(next(up for up in (out, *out.resolve().parents) if up.exists())).free / 1e9
         size = 4 * (12 + IMP_ROUNDS) * sum(p.numel() for p in model.parameters()) / 1e9     # states, Adam, 3 models
         need(room > size, f"--out {out} has {room:.1f} GB left, the run needs {size:.1f}; make room, or name another")
-    with blame(f"--out {out} cannot be written; name a folder that can", OSError):
-        (out / "state").mkdir(parents=True, exist_ok=True)
-        for old in () if s.resume else (*(out / "state").iterdir(), *(out / name for name in RESULTS)):
-            old.unlink(missing_ok=True)
-        write(record, lambda file: file.write(json.dumps(ours, indent=1).encode()))
-    if s.resume:
-        say(s, "\nresumed")
+        with blame(f"--out {out} cannot be written; name a folder that can", OSError):
+            (out / "state").mkdir(parents=True, exist_ok=True)
+            for old in (*(out / "state").iterdir(), *(out / name for name in RESULTS)):
+                old.unlink(missing_ok=True)
+    write(record, lambda file: file.write(json.dumps(ours, indent=1).encode()))
 
 
 # ----------------------------------------------------------------------------------------------- before the first step
