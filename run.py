@@ -407,16 +407,14 @@ def normalizer(language: str):
 
 def table(rows: list[dict]) -> str:
     """The rows of report.json in 80 columns, four digits of each count."""
-    counts = {"parameters": (1e6, 6), "block_parameters": (1e6, 6), "block_nonzero": (1e6, 7),
-              "memory_bytes": (1e6, 6), "flops": (1e9, 6)}
     lines = ["             all     in blocks       peak     one clip",
              "model     params params nonzero memory  FLOPs encoder    WER  95% interval   CER",
              "               M      M       M     MB      G      ms      %             %     %"]
     for r in rows:
-        values = [(r[key] / unit, width) for key, (unit, width) in counts.items()]
-        lines.append(f"{r['name']:<9}" + "".join(f" {x:{n}.{max(0, 4 - len(str(int(x))))}f}" for x, n in values)
-                     + f" {r['latency_ms']:7.1f} {r['wer']:6.1f} {r['wer_ci95'][0]:6.1f} -{r['wer_ci95'][1]:5.1f}"
-                     f" {r['cer']:5.1f}")
+        counts = [r[key] / 1e6 for key in ("parameters", "block_parameters", "block_nonzero", "memory_bytes")]
+        counts = [f"{x:.{max(0, 4 - len(str(int(x))))}f}" for x in (*counts, r["flops"] / 1e9)]
+        lines.append("{:9} {:>6} {:>6} {:>7} {:>6} {:>6} {:7.1f} {:6.1f} {:6.1f} -{:5.1f} {:5.1f}".format(
+            r["name"], *counts, r["latency_ms"], r["wer"], *r["wer_ci95"], r["cer"]))
     lines += ["in blocks: the parameters that pruning can reach; memory, FLOPs: to encode and",
               "decode one clip; WER, CER: word and character errors as a share of what was said"]
     if rows[0].get("unit") == "character":
