@@ -43,11 +43,9 @@ import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import whisper
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from whisper.audio import HOP_LENGTH, SAMPLE_RATE
 from whisper.model import Whisper
 from whisper.normalizers import EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, get_tokenizer
@@ -270,7 +268,7 @@ def objective(model: Whisper, batch: list[torch.Tensor], s: Settings) -> torch.T
         logits = (decoder.kept_logits if kept else decoder)(inputs, model.encoder(mels))
         if kept:                                 # rows that are gone have the probability 0, so no part in the sum
             targets = torch.where(targets < 0, targets, decoder.row_of[targets])
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -317,7 +315,7 @@ def report(models: dict, clips: Clips, plan: prune.Plan, started: float, s: Sett
 def look(model: Whisper, s: Settings) -> None:
     """Train nothing: --transcribe files of any length, by whisper's long-form transcription or, where the window is
     not its 30 s, window by window; or --evaluate the model as it is."""
-    window = 2 * model.dims.n_audio_ctx * HOP_LENGTH
+    window = 2 * model.dims.n_audio_ctx * whisper.audio.HOP_LENGTH
     for path in s.transcribe:
         audio = read_audio(Path(path))
         if window == whisper.audio.N_SAMPLES:
@@ -498,8 +496,8 @@ def read_audio(path: Path) -> np.ndarray:
     mono, power = samples.mean(1), np.square(samples).sum(0)
     if np.square(mono).sum() < 0.01 * power.max():                     # channels of opposite phase cancel
         mono = samples[:, power.argmax()]
-    n = round(len(mono) * SAMPLE_RATE / rate)
-    if rate == SAMPLE_RATE or n == 0:
+    n = round(len(mono) * whisper.audio.SAMPLE_RATE / rate)
+    if rate == whisper.audio.SAMPLE_RATE or n == 0:
         return mono
     return (np.fft.irfft(np.fft.rfft(mono)[: n // 2 + 1], n) * (n / len(mono))).astype(np.float32)
 
@@ -591,7 +589,7 @@ class Clips(Dataset):
     def mel(self, i: int) -> torch.Tensor:
         """Log-mel spectrogram (n_mels, n_frames), silence to the end; made once if kept, in half precision."""
         if i not in self.mels:
-            audio = whisper.pad_or_trim(read_audio(self.paths[i]), self.n_frames * HOP_LENGTH)
+            audio = whisper.pad_or_trim(read_audio(self.paths[i]), self.n_frames * whisper.audio.HOP_LENGTH)
             self.mels[i] = whisper.log_mel_spectrogram(audio, self.n_mels).half()
         return (self.mels.pop(i) if self.workers else self.mels[i]).float()
 
