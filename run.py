@@ -145,10 +145,9 @@ def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | Non
     """Two passes, at --z1 or at the threshold that removes --target. The floor is for norms: costs span decades, and a
     twentieth of their mean is not little."""
     curvature = curvature if s.importance == "curvature" else None
-    floor = 0.0 if curvature else 0.05
     with blame("--target" if s.target else "--model"):
-        return prune.two_pass(model, groups_of(model, s), s.z1, s.z2, floor, curvature=curvature,
-                              share=s.target or None)
+        return prune.two_pass(model, groups_of(model, s), s.z1, s.z2, floor=0.0 if curvature else 0.05,
+                              curvature=curvature, share=s.target or None)
 
 
 def iterative_magnitude(model: Whisper, train: Clips, s: Settings, share: float) -> None:
