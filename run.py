@@ -168,10 +168,6 @@ class Phase:
     losses: list[float] = field(default_factory=list)          # of the last 20 steps, nats a token without penalty
     curvature: dict[str, torch.Tensor] = field(default_factory=dict)         # mean squared gradients, once finished
 
-    @property
-    def loss(self) -> float:
-        return float(np.mean(self.losses))
-
 
 def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> Phase:
     """s.steps of AdamW on cross-entropy and, if given, the penalty. Block weights that start as zero stay zero.
@@ -213,7 +209,7 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     model.eval()
     if start < s.steps:                          # not a phase that --resume found finished: it has been reported
-        say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: loss {phase.loss:.3f} nats a token, "
+        say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: loss {np.mean(phase.losses):.3f} nats a token, "
                f"{time.time() - started:.0f} s")
     return phase
 

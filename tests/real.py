@@ -101,7 +101,8 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
             model = run.load_model(replace(s, window=ORIGINAL[arm]))
         elif arm != "tuned" and "IMP" not in arm:        # whose rounds have retrained it
             title = arm.replace("dense", "dense: go on").replace("%", "")
-            facts |= {"loss": run.fine_tune(model, train, replace(s, steps=s.recovery_steps), title).loss}
+            phase = run.fine_tune(model, train, replace(s, steps=s.recovery_steps), title)
+            facts |= {"loss": float(np.mean(phase.losses))}
         measured(arm, model, test if arm not in ORIGINAL else run.Clips(model, "test", s), s, **facts)
 
 
