@@ -537,8 +537,7 @@ def looked_at(table: Path, tokenizer, window: float, context: int, rows: list) -
         except Stop as stop:
             looked.append(f"{table}, line {line}: {stop}")
             continue
-        tokens = [*tokenizer.sot_sequence_including_notimestamps,
-                  *tokenizer.encoding.encode_ordinary(" " + text), tokenizer.eot]
+        tokens = [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(" " + text), tokenizer.eot]
         reasons = {"without sound": not seconds, "without text": not any(map(str.isalnum, clean(text))),
                    f"over {window:g} s": seconds > window, f"over {context} tokens": len(tokens) > context + 1}
         looked.append((path, text, tokens, next((why for why, true in reasons.items() if true), "")))
