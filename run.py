@@ -545,9 +545,9 @@ def looked_at(table: Path, tokenizer, window: float, context: int, rows: list) -
 
 
 class Clips(Dataset):
-    """One split of a Common Voice folder for one model: item i is (log-mel spectrogram, tokens). What says nothing, and
-    what its window or text context cannot hold, is left out; `left_out` says how much, and what else spoils a figure
-    (comes twice, or in train). What is wrong shows now, not after an hour. Without --workers audio stays in memory."""
+    """One split of a Common Voice folder for one model: item i is (log-mel spectrogram, tokens). What says nothing,
+    and what its window or text context cannot hold, is left out; `left_out` says how much, and what else spoils a
+    figure (comes twice, or in train). Faults show now, not after an hour. Without --workers audio stays in memory."""
 
     def __init__(self, model: Whisper, split: str, s: Settings):
         tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=s.language)
