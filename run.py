@@ -435,8 +435,7 @@ def draw(plan: prune.Plan, file) -> None:
     for side, axis in zip(("encoder", "decoder"), figure.subplots(1, 2)):
         names = [name for name in plan.norms if name.startswith(side)]
         n, cut = torch.cat([plan.norms[name] for name in names]), plan.cuts[names[0]]
-        positive = n[n > 0]
-        axis.hist(positive.numpy(), np.geomspace(positive.min(), positive.max(), 50))
+        axis.hist(n.numpy(), np.geomspace(n[n > 0].min(), n.max(), 50))                # zeros lie left of all bins
         axis.axvline(cut, color="black", linestyle="--", label=f"threshold: {(n < cut).double().mean():.0%} below")
         axis.set(title=f"{side}: {len(n):,} groups", xlabel="n_j", ylabel="groups", xscale="log")
         axis.legend()
