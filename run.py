@@ -59,6 +59,7 @@ MODELS = {"original": "the checkpoint as it came; the others start from it",
           "dense": "fine-tuned, nothing removed: what tspar has to match",
           "tspar": "fine-tuned, pruned in two passes, recovered: its matrices are smaller",
           "imp": "as many single weights of dense set to zero, recovered: nothing smaller"}
+GROUPS = {"unit": prune.units, "column": columns}       # what is penalized, pruned: name -> [(parameter, axis), ...]
 CALIBRATION = 480                           # clips that refit_ looks at
 IMP_ROUNDS = 2                              # 1, 5, 10 rounds in as many steps were worse on nano's dev
 SAVE_EVERY = 120                            # seconds
@@ -92,7 +93,7 @@ def run(s: Settings) -> None:
     pruned = tuned
     if s.penalty != "none":                      # otherwise tspar's first phase is dense's
         pruned = model
-        penalty = SparseGroupLasso(groups_of(pruned, s), s.l1, s.l1, s.l2, s.l2, relative=True)
+        penalty = SparseGroupLasso(GROUPS[s.groups](pruned), s.l1, s.l1, s.l2, s.l2, relative=True)
         first_phase = fine_tune(pruned, train, s, "tspar: fine-tune", penalty)
     plan = prune_(pruned, train, s, first_phase.curvature)
     fine_tune(pruned, train, recovery, "tspar: recover")
@@ -129,16 +130,11 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
         if s.importance == "curvature":
             with mixed(s):
                 prune.refit_(model, before, [(mels.to(s.device), ids.to(s.device)) for mels, ids, _ in clips])
-    pass2 = prune.two_pass(model, groups_of(model, s), z1=-99, z2=s.z2, floor=0)           # on the weights as they are
+    pass2 = prune.two_pass(model, GROUPS[s.groups](model), z1=-99, z2=s.z2, floor=0)     # on the weights as they are
     prune.mask_(model, pass2)
     say(s, f"{'tspar: two passes':<20}{plan.removed()[0]:,} of {plan.removed()[1]:,} parameters in blocks "
            f"({plan.share:.1%}) removed")
     return replace(plan, pass2=pass2.pass2)
-
-
-def groups_of(model: Whisper, s: Settings) -> dict:
-    """What is penalized and pruned: name -> [(parameter, axis), ...]."""
-    return prune.units(model) if s.groups == "unit" else columns(model)
 
 
 def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | None = None) -> prune.Plan:
@@ -146,7 +142,7 @@ def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | Non
     twentieth of their mean is not little."""
     curvature = curvature if s.importance == "curvature" else None
     with blame("--target" if s.target else "--model"):
-        return prune.two_pass(model, groups_of(model, s), s.z1, s.z2, floor=0.0 if curvature else 0.05,
+        return prune.two_pass(model, GROUPS[s.groups](model), s.z1, s.z2, floor=0.0 if curvature else 0.05,
                               curvature=curvature, share=s.target or None)
 
 
@@ -726,7 +722,7 @@ class Settings:
     penalty: str = flag(None, "loss adds its gradient (the paper); prox, a proximal step", "none", "loss", "prox")
     l1: float = flag(0.5, "strength on single weights, in units of the gradient: higher makes them smaller")
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
-    groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", "unit", "column")
+    groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", *GROUPS)
     target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1")
     cuts: int = flag(None, "steps in which groups go, each fitted anew: more suit a small model (nano 6, others 1)")
     z1: float = flag(-0.25, "pass 1 with --target 0, standard deviations from the mean: higher removes more")

@@ -144,7 +144,7 @@ def paper(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
     pass 2 at run.py's z2."""
     s = replace(s, penalty="loss", groups="column", importance="norm", target=0.35, z2=-1)
     model.load_state_dict(run.prepared(run.load_model(s), train, s).state_dict())
-    penalty = SparseGroupLasso(run.groups_of(model, s), s.l1, s.l1, s.l2, s.l2, relative=True)
+    penalty = SparseGroupLasso(run.GROUPS[s.groups](model), s.l1, s.l1, s.l2, s.l2, relative=True)
     run.fine_tune(model, train, s, "paper: fine-tune", penalty)
     run.prune_(model, train, s, {})
 
@@ -200,10 +200,10 @@ def penalties(folder: Path, *names: str) -> None:
         s, original = begin(folder, "so762", "en", 0, f"penalty-{name.partition(' ')[0]}", *flags)
         train, dev = (run.Clips(original, split, s) for split in ("train", "dev"))
         model = run.prepared(original, train, s)
-        penalty = lasso and lasso(run.groups_of(model, s), l1, l1, l2, l2, relative=True)
+        penalty = lasso and lasso(run.GROUPS[s.groups](model), l1, l1, l2, l2, relative=True)
         first = run.fine_tune(model, train, s, "dense: fine-tune", penalty)
         if "whole" not in done(name):
-            norms = torch.cat([*prune.two_pass(model, run.groups_of(model, s), z2=None).norms.values()])
+            norms = torch.cat([*prune.two_pass(model, run.GROUPS[s.groups](model), z2=None).norms.values()])
             done(name, l1=l1, l2=l2, whole=cross_entropy(model, dev, s),
                  empty_groups=(norms == 0).double().mean().item())
         for share in shares:
