@@ -79,7 +79,7 @@ def run(s: Settings) -> None:
     clips = {split: Clips(original, split, s) for split in ("train", s.split)}
     train, model = clips["train"], prepared(copy.deepcopy(original), clips["train"], s)
     if s.target:
-        decide(model, s)                         # whether so much can go at all, before hours of training
+        decide(model, s)                         # by norms: whether so much can go at all, before hours of training
     if RANK == 0:
         start_folder(s, model)
     if not s.resume:
@@ -117,8 +117,8 @@ def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
 
 def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
     """Remove the groups of pass 1; unless they go by norms, fit what reads them to the model before; then zero the
-    weights of pass 2. More than one of --cuts go to --target in steps, so that the next decides on weights that have
-    adapted: the w of (3) in prune.py are those of the cut, its h is that of the first phase."""
+    weights of pass 2. More than one of --cuts go to --target in steps: each decides anew, in (3) of prune.py by the
+    weights as fitted by then, and by the first phase's h."""
     before, target = copy.deepcopy(model), decide(model, s, curvature).share         # with --target 0, what z1 removes
     cuts = s.cuts if s.importance == "curvature" else 1
     some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
@@ -130,7 +130,7 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
         if s.importance == "curvature":
             with mixed(s):
                 prune.refit_(model, before, [(mels.to(s.device), ids.to(s.device)) for mels, ids, _ in clips])
-    pass2 = prune.two_pass(model, GROUPS[s.groups](model), z1=-99, z2=s.z2, floor=0)     # on the weights as they are
+    pass2 = prune.two_pass(model, GROUPS[s.groups](model), z1=-99, z2=s.z2, floor=0)     # alone: no group goes at -99
     prune.mask_(model, pass2)
     say(s, f"{'tspar: two passes':<20}{plan.removed()[0]:,} of {plan.removed()[1]:,} parameters in blocks "
            f"({plan.share:.1%}) removed")
@@ -138,8 +138,8 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
 
 
 def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | None = None) -> prune.Plan:
-    """Two passes, at --z1 or at the threshold that removes --target. The floor is for norms: costs span decades, and a
-    twentieth of their mean is not little."""
+    """Two passes, at --z1 or at the threshold that removes --target, by norms where curvature is not asked for or not
+    known yet. Only norms have a floor: costs span decades, so that 5% of their mean is no small cost."""
     curvature = curvature if s.importance == "curvature" else None
     with blame("--target" if s.target else "--model"):
         return prune.two_pass(model, GROUPS[s.groups](model), s.z1, s.z2, floor=0.0 if curvature else 0.05,
@@ -675,11 +675,11 @@ def start_folder(s: Settings, model: Whisper) -> None:
         room = shutil.disk_usage(next(up for up in (out, *out.resolve().parents) if up.exists())).free / 1e9
         size = 4 * (12 + IMP_ROUNDS) * sum(p.numel() for p in model.parameters()) / 1e9     # states, Adam, 3 models
         need(room > size, f"--out {out} has {room:.1f} GB left, the run needs {size:.1f}; make room, or name another")
-        with blame(f"--out {out} cannot be written; name a folder that can", OSError):
-            (out / "state").mkdir(parents=True, exist_ok=True)
-            for old in (*(out / "state").iterdir(), *(out / name for name in RESULTS)):
-                old.unlink(missing_ok=True)
-    write(record, lambda file: file.write(json.dumps(ours, indent=1).encode()))
+    with blame(f"--out {out} cannot be written; name a folder that can", OSError):
+        (out / "state").mkdir(parents=True, exist_ok=True)
+        for old in () if s.resume else (*(out / "state").iterdir(), *(out / name for name in RESULTS)):
+            old.unlink(missing_ok=True)
+        write(record, lambda file: file.write(json.dumps(ours, indent=1).encode()))
 
 
 # ----------------------------------------------------------------------------------------------- before the first step
