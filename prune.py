@@ -6,9 +6,11 @@
     prune.remove_(model, plan)                # the matrices shrink, whisper's own code runs on
     prune.save(model, "pruned.pt")            # prune.load("pruned.pt") brings it back
 
-That goes by norms. Where training has left mean squared gradients h (`two_pass`), groups go by what they cost, and
+That goes by norms. With the mean squared gradients h that Adam has kept in training, groups go by what they cost, and
 with training clips (mels, ids) what stays is fitted to the model before. Far more can go before the model breaks:
 
+    h = {name: adam.state[p]["exp_avg_sq"] / (1 - beta2 ** adam.state[p]["step"])
+         for name, p in model.named_parameters() if p in adam.state}
     plan = prune.two_pass(model, z2=None, floor=0, curvature=h, share=0.5)         # half of the parameters in blocks
     before = copy.deepcopy(model)
     prune.remove_(model, plan)

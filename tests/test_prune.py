@@ -1056,14 +1056,17 @@ def test_names_that_do_not_fit(tmp_path):
 def test_example_in_an_empty_folder(tmp_path):
     """prune.py, alone in a folder, runs the lines that its docstring shows: by norms, then by cost and fitted."""
     shutil.copy(prune.__file__, tmp_path)
-    lines = [line[4:] for line in prune.__doc__.splitlines() if line.startswith("    ")][:9]
-    assert lines[0] == "import copy, prune, whisper" and lines[4].startswith("prune.save") and lines[8].startswith("prune.refit_")
+    lines = [line[4:] for line in prune.__doc__.splitlines() if line.startswith("    ")][:11]
+    assert lines[4].startswith("prune.save") and lines[5].startswith("h =") and lines[10].startswith("prune.refit_")
     model = weaken(make(), 0.5)
     torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, tmp_path / "tiny.pt")
     given = """import torch
 print(plan)
 model = prune.load("tiny.pt")
-h = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+beta2, adam = 0.98, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+for p in model.parameters():
+    p.grad = torch.rand_like(p)
+adam.step()
 mels, ids = torch.randn(2, 80, 2 * model.dims.n_audio_ctx), torch.arange(16).view(2, 8)
 """
     code = "\n".join([*lines[:5], given, *lines[5:], "print(plan.removed()); prune.load('pruned.pt')"])
