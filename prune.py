@@ -162,7 +162,7 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
     multiple  widths are rounded up to it; 1 only evens the heads
     curvature parameter name -> mean squared gradient, of the parameter's shape, any float dtype: (3) for n_j;
               None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
-    share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`)
+    share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`): rank decides
 
     Raises ValueError on a block weight or a setting that is not finite, on a group of another model, on a share out
     of reach, and on curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""

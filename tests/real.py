@@ -7,7 +7,7 @@
     python tests/real.py FOLDER penalties [prox]    # what a penalty in the first phase is worth, on so762's dev clips
     python tests/real.py FOLDER unseen              # errors on words that no training sentence has
     python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
-    python tests/real.py tables                     # README.md's and that of the penalties, from RESULTS
+    python tests/real.py tables                     # those of README.md and of RESULTS/README.md, from RESULTS
     python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png, tradeoff.png
 
 First phase and dense model are trained once; each percentage is pruned from that first phase and recovers for as
@@ -352,12 +352,24 @@ against IMP with half zero, where nothing is smaller |
 
 
 def penalty_table() -> str:
-    """What each penalty did."""
-    lines = ["| penalty in the first phase | empty groups | whole | 35% removed | 50% removed |",
-             "|---|---:|---:|---:|---:|"]
+    """What each penalty in the first phase did to the whole model and to what is left of it."""
+    head = "| penalty | empty groups | whole | 35% gone, at once | recovered | WER | 50% gone, at once | recovered | WER |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, x in results(RESULTS / "penalties.json").items():
-        figures = " | ".join(f"{x[key]:.3f}" if key in x else "" for key in ("whole", "35%", "50%"))
-        lines.append(f"| {name} | {x['empty_groups']:.1%} | {figures} |")
+        cells = [f"{x['empty_groups']:.1%}", f"{x['whole']:.3f}"]
+        for share in ("35%", "50%"):
+            cells += [f"{x[key]:.3f}" if key in x else "" for key in (share, f"{share}, recovered")]
+            cells.append(f"{x[f'{share}, WER']:.1f}%" if f"{share}, WER" in x else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fits() -> str:
+    """What was tried between removal and the end of recovery."""
+    lines = ["| what | nats a token | WER |", "|---|---:|---:|"]
+    lines += [f"| {name} | {x['cross_entropy']:.3f} | {x['wer']:.1f}% |" if "wer" in x else
+              f"| {name} | {x['cross_entropy']:.3f} |  |" for name, x in results(RESULTS / "refit.json").items()
+              if name != "what"]
     return "\n".join(lines)
 
 
@@ -415,7 +427,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     if sys.argv[1] == "tables":
-        print("\n\n".join(made() for made in (table, seeds, rivals, claims, penalty_table)))
+        print("\n\n".join(made() for made in (table, seeds, rivals, claims, penalty_table, fits)))
     elif sys.argv[1] == "picture":
         picture(Path(sys.argv[2]))
         tradeoff()
