@@ -54,12 +54,12 @@ def test_figures_in_the_text_are_stored():
     assert "Seed {} of the first run has {:.1f}% and {:.1f}%".format(*(nano[k] for k in ("seed", "dense test", "tspar test"))) in text
     tuned = [rows[f"so762-{seed}"]["tuned"]["wer"] for seed in range(3)]
     assert "dense has {:.1f}% (seeds 1, 2: {:.1f}%, {:.1f}%)".format(*tuned) in text
-    assert "from {:.3f} to {:.3f}".format(*(rows["penalties"][name]["whole"] for name in ("none", "adaptive"))) in text
     whole, small = rows["latency"]["as OpenAI made it, 30 s"], rows["latency"]["hi_kokoro-0 50%"]
     assert "encodes {:.1f} and decodes {:.1f} times as fast".format(
         *(whole[part] / small[part] for part in ("encoder", "greedy"))) in text
+    assert f"encodes English in {rows['latency'][real.HALF_30]['encoder']:.0f} ms" in text
     beam = [rows["same-texts"][data]["beam 5"] for data in ("hi_kokoro", "so762")]
-    assert "compete, {} in Hindi, {} in English".format(*beam) in text
+    assert "with beam 5 {} in Hindi, {} in English".format(*beam) in text
     stored = {f"{row['cross_entropy']:.3f}" for name in ("refit", "recovery") for row in rows[name].values()
               if isinstance(row, dict)}
     told = text[text.index("**What reads from"):text.index("**The penalty is off")]
