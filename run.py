@@ -107,11 +107,16 @@ def run(s: Settings) -> None:
 
 def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
     """What dense, tspar and imp start from. The token embedding is not trained: Adam moves a row as far for a token
-    that no clip says as for any other, and down. With --vocabulary data its rows are those of train's tokens."""
+    that no clip says as for any other, and down. --vocabulary says whose rows stay: train's tokens, or all whose
+    letters train has, as a model hardly learns from an hour of speech to spell a word in smaller pieces."""
     model.decoder.token_embedding.requires_grad_(False)
-    if s.vocabulary == "data":
-        encode = get_tokenizer(model.is_multilingual, num_languages=model.num_languages).encode
-        prune.vocabulary_(model, {id for text in train.sentences for t in (text, " " + text) for id in encode(t)})
+    if s.vocabulary != "full":
+        tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+        tokens = {id for text in train.sentences for t in (text, " " + text) for id in tokenizer.encode(t)}
+        if s.vocabulary == "letters":
+            letters = {" ", "\ufffd"}.union(*train.sentences)         # U+FFFD: a token that is part of a letter
+            tokens |= {id for id in range(tokenizer.eot) if letters.issuperset(tokenizer.decode([id]))}
+        prune.vocabulary_(model, tokens)
     return model
 
 
@@ -712,7 +717,8 @@ class Settings:
     language: str = flag("hi", "language of the speech: sets the prompt and the text normalizer")
     out: str = flag("", "folder for the results; runs/MODEL-DATA if not given")
     window: float = flag(None, "seconds of audio the encoder takes: fewer are faster (default: the model's)")
-    vocabulary: str = flag(None, "data: only the tokens train needs (nano); full: all (the others)", "data", "full")
+    vocabulary: str = flag(None, "full: all; letters: what train's letters can write; data: train's tokens (nano)",
+                           "full", "letters", "data")
     steps: int = flag(None, "first phase, before pruning: more let the weights settle")
     recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps; nano 700)")
     batch: int = flag(None, "clips a step and process")

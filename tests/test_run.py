@@ -103,6 +103,24 @@ def test_objective_is_the_stock_softmax(cut):
         assert torch.allclose(run.objective(model, (mels, inputs, targets), s), stock, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sentences, other, foreign", [
+    (["cat the hat", "one"], " the coat then etch a tact", " dog The हाथ"),
+    (["हम काम करते", "थे"], " हमे थके मत रहे", " cat dog")])         # a token may be two of a letter's three bytes
+def test_vocabulary_of_letters(sentences, other, foreign):
+    """--vocabulary letters keeps every token that train's letters write, so any word of them reads as it always did;
+    data keeps those of train's sentences alone; the 256 bytes and what is special stay in both."""
+    encode = whisper.tokenizer.get_tokenizer(True).encode
+    words = {id for text in sentences for t in (text, " " + text) for id in encode(t)}
+    kept = {}
+    for name in ("data", "letters"):
+        model = run.prepared(prune.load(NANO), SimpleNamespace(sentences=sentences), run.Settings(vocabulary=name))
+        kept[name] = {*model.decoder.kept_ids.tolist()}
+    assert kept["data"] == words | {*range(256), *range(50257, 51865)}
+    assert kept["data"] < kept["letters"] and kept["letters"].issuperset(encode(other))
+    assert not any(kept["letters"].issuperset(encode(f" {word}")) for word in foreign.split())
+    assert not kept["data"].issuperset(encode(other))
+
+
 def small_run(tmp_path: Path, *flags: str) -> tuple:
     """A model, its settings with a folder for states, and a few train clips."""
     model = prune.load(NANO)
