@@ -47,6 +47,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from numbers import Integral
 from typing import Callable, Iterator
 
 import torch
@@ -191,10 +192,11 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
     step = max(n_prompt * logits - (n_tokens - n_prompt) * text,        # the prompt: before the cache has grown
                logits,                                                  # the last step
                *(b * n_tokens * len(block.attn.value.weight) for block in blocks))     # torch.cat: old and new
-    # Unfused, key * scale; with a batch, the product copies that once more to fold batch and heads together.
+    # Unfused: key * scale, with a batch copied to fold batch and heads; or the prompt's scores beside six of its x.
     scaled = (1 if batch == 1 else 2) * b * S * max(len(block.cross_attn.key.weight) for block in blocks)
+    prompt = n_prompt * (max(x.cross_attn.n_head for x in blocks) * S * (8 if b == 4 else 8 + b) + 6 * features // S)
     sizes = {"weights": b * sum(p.numel() for p in model.parameters()), "kv_cache": batch * cache}
-    for path, decoding in (("fused", step), ("unfused", max(step, scaled))):
+    for path, decoding in (("fused", step), ("unfused", max(step, scaled, prompt))):
         # The convolutions need 4 S d values at most, less than any block.
         encoding = max(_block_peak(block, S, b, path) for block in model.encoder.blocks)
         sizes |= {f"encoder_{path}": batch * encoding, f"decoder_{path}": batch * decoding,
@@ -429,7 +431,7 @@ def _audio_positions(model: Whisper) -> int:
 
 
 def _check_count(name: str, value: int, most: float = float("inf")) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= most:
         raise ValueError(f"{name} must be an integer in 1..{most}, got {value!r}")
 
 
@@ -452,7 +454,7 @@ def _check_bytes(bytes_per_value: int) -> None:
 
 
 def _check_mel(model: Whisper, mel: Tensor) -> None:
-    shape = (len(mel), model.encoder.conv1.weight.shape[1], 2 * _audio_positions(model))
-    if mel.shape != shape or mel.device != model.device or mel.is_meta:
-        raise ValueError(f"mel must be {('batch', *shape[1:])}, with the model, not on meta; "
-                         f"got {tuple(mel.shape)} on {mel.device}, the model on {model.device}")
+    shape = (model.encoder.conv1.weight.shape[1], 2 * _audio_positions(model))
+    if (came := getattr(mel, "shape", ()))[1:] != shape or 0 in came or mel.device != model.device or mel.is_meta:
+        raise ValueError(f"mel must be {('batch', *shape)}, with the model, not on meta; got {tuple(came)} on "
+                         f"{getattr(mel, 'device', None)}, the model on {model.device}")

@@ -45,7 +45,7 @@ MANY_MARKS = re.compile(r"[^\w\s]{40,}")
 VISARGA_WORDS = ("छ अत पुन प्राय क्रमश अंतत अन्तत स्वत संभवत सम्भवत मुख्यत विशेषत सामान्यत मूलत वस्तुत "
                  "फलत पूर्णत अनुमानत प्रात स्पष्टत साधारणत सर्वत अंशत शनै").replace(" ", "|")
 COLON = re.compile(f":(?<=[क-ह{NUKTA}िु]:)(?=[{LETTER}])|(?<![{W}])({VISARGA_WORDS}):")
-ABBREVIATION = re.compile(f"॰|0(?<=[{LETTER}{SIGN}]0)(?!\\d)")
+ABBREVIATION = re.compile(f"॰|0(?<=[{LETTER}{SIGN}]0)(?!\\d)(\\.(?=\\d))?")            # रु0.50 has a number
 SIGNS = re.compile(f"([{LETTER}])(?=[{SIGN}]{{2}})"                         # two signs, and not in order
                    f"(?!{NUKTA}?(?:{VIRAMA}|[{MATRA}]?[\u0900-\u0903]?)(?![{SIGN}]))([{SIGN}]+)")
 RANK = {NUKTA: 0, VIRAMA: 1, "\u0900": 3, CHANDRABINDU: 3, BINDU: 3, VISARGA: 3}       # a matra ranks 2
@@ -66,7 +66,7 @@ def one_encoding(text: str) -> str:
         text = text.translate({ord(char): None for char in rare
                                if unicodedata.category(char) == "Cf" or INVISIBLE.match(char)})
         text = RAISED.sub(r"^\1", text)
-        for typed, meant in zip("´º˚™٪٫ॐ", ["'", "°", "°", " ", "%", ".", "ओम"]):              # NFKC makes an o of º
+        for typed, meant in zip("´º˚™٪٫ॐ‐‑", ["'", "°", "°", " ", "%", ".", "ओम", "-", "-"]):    # NFKC makes an o of º
             text = text.replace(typed, meant)
     if len(text) > 4_000:               # unicodedata sorts a run of marks in quadratic time, a sorted one in linear
         def in_order(run: "re.Match[str]") -> str:
@@ -89,7 +89,7 @@ def typed_signs(text: str) -> str:
     ('दुःख प्रायः कहा: 10:30', 'डॉ. पं.')"""
     if ":" in text:
         text = COLON.sub(lambda m: (m[1] or "") + VISARGA, text)
-    return ABBREVIATION.sub(".", text)
+    return ABBREVIATION.sub(lambda m: " 0." if m[1] else ".", text)
 
 def akshara_order(text: str) -> str:
     """Nukta, virama, matra, bindu, each once. NFC leaves their order alone: matras have combining class 0.
@@ -139,22 +139,22 @@ COUNTS = "सौ हज़ार लाख करोड़ अरब खरब �
 _magnitude = (f" ?(?:सौ|हज़?ार|लाख|करोड़|अरब|ख़?रब|नील|पद्म|शंख|[मब]िलियन|ट्रिलियन|"
               f"lakh|crore|(?:m|b|tr)illion|[mb]n)(?![{W}])")
 _figure = r"[0-9][0-9,]*(?:\.[0-9]+)?"
-_amount = f"{_figure}(?: ?[-‐–—−] ?{_figure})?(?:{_magnitude}(?: {_figure}(?={_magnitude}))?)*"
+_amount = f"{_figure}(?: ?[-–—−] ?{_figure})?(?:{_magnitude}(?: {_figure}(?={_magnitude}))?)*"
 _symbol = "".join(CURRENCIES)
-_rs = f"(?:rs|र[ुू])(?<![{W}]..)(?![{W}])"
-_tail = " ?/ ?[-‐–—−=]"                                                # ₹500/- रुपये says it three times
+_rs = f"(?:rs|र[ुू])(?<![a-z\u0900-\u0963]..)(?![{W}])"
+_tail = " ?/ ?[-–—−=]"                                                 # ₹500/- रुपये says it three times
 _again = rf"(?:{_tail})?(?: ?(?:र[ुू]प(?:ये|ए|या)(?![{W}])|{_rs}\.?(?! ?[0-9])))?(?: only(?![{W}]))?"
 _open = "(?<![^ (\\[{<>=~,\"'“‘" + _symbol                              # what a sign or a bare decimal may follow
 # [...] comes first, since re looks for a set faster than for one of several words
-PRICE_BEFORE = re.compile(rf"([rर{_symbol}](?:(?<=[^rर])|(?:(?<=r)s|(?<=र)[ुू])(?<![{W}]..)"
+PRICE_BEFORE = re.compile(rf"([rर{_symbol}](?:(?<=[^rर])|(?<![0-9] .)(?:(?<=r)s|(?<=र)[ुू])(?<![{W}]..)"
                           rf"(?:प(?:ये|ए)(?= ?[0-9,.]+{_tail}))?))\.? ?(ऋण |प्लस )?({_amount}){_again}")
-PRICE_AFTER = re.compile(rf"([0-9](?:{_magnitude})*)(?: ?([{_symbol}]|{_rs})(?! ?[0-9])\.?|{_tail}){_again}")
+PRICE_AFTER = re.compile(rf"([0-9](?:{_magnitude})*)(?: ?([{_symbol}](?! ?[0-9])|{_rs})\.?|{_tail}){_again}")
 # A sign touches its number and nothing before it: 5-7, 5 -7, कोविड-19 and "नहीं - 7" have none; nor has धारा -370
 PLUS_MINUS = re.compile(
-    rf"([-‐–−+]){_open}].)(?<![0-9%°] .)(?<![0-9][{_symbol}].)(?=(?:[{_symbol}] ?|(?:rs|र[ुू])\.? ?)?[0-9])"
+    rf"([-–−+]){_open}].)(?<![0-9%°] .)(?<![0-9][{_symbol}].)(?=(?:[{_symbol}] ?|(?:rs|र[ुू])\.? ?)?[0-9])"
     + "".join(f"(?<!{noun} .)" for noun in "कोविड covid जी चंद्रयान धारा भाग खंड कक्षा वार्ड सेक्टर नंबर".split()))
-BARE_DECIMAL = re.compile(rf"\.(?=[0-9]){_open}‐–−+-]\.)")
-YEAR_ZERO = re.compile("0(?<=[12][0-9]{3}[-–]0)(?<![0-9,.].{5}0)(?=[1-9](?![0-9/–-]))")         # 2008-09
+BARE_DECIMAL = re.compile(rf"\.(?=[0-9]){_open}–−+-]\.)")
+YEAR_ZERO = re.compile("0(?<=[12][0-9]{3}[-–−]0)(?<![0-9,.].{5}0)(?=[1-9](?![0-9/–−-]))")         # 2008-09
 TELEPHONE = re.compile(rf"[+(0-9](?<![{W}{_symbol}].)(?<![0-9][.,:/].)\(?[0-9]*(?<=[0-9])\)?"
                        "(?:[ –-][0-9]+)+(?![0-9]|[.,:/][0-9])")
 DOTTED_UNIT = re.compile(rf"\.(?:(?<=कि\.|से\.|मि\.) ?(मी|ग्रा)|(?<=मि\.) ?ली)(?![{W}])\.?")
@@ -186,17 +186,17 @@ def _read(figure: str) -> str:
         if decimals:
             words += ["दशमलव"] + [UNITS[int(digit)][0] for digit in decimals]
         return " ".join(words)
-    if "," in figure:
-        return " ".join(map(_read, figure.split(",")))
-    parts = re.split("[.:/]", figure)
-    return (" बटा " if "/" in figure and len(parts) == 2 else " ").join(map(_read, parts))
+    for mark in ":/,.":
+        if mark in figure:
+            parts = figure.split(mark)
+            return (" बटा " if mark == "/" and len(parts) == 2 else " ").join(map(_read, parts))
 
 def _number(match: "re.Match[str]") -> str:
     figure, unit, oclock, apart, attached = match.groups()
     clock, suffix = CLOCK.fullmatch(figure), apart or attached or ""
     if clock and (oclock or ":" in figure):
         hour, minute = cardinal(int(clock[1])), int(clock[2])
-        words = f"{hour} बजकर {cardinal(minute)} मिनट" if minute else hour + (oclock or "")
+        words = f"{hour} बजकर {cardinal(minute)} मिनट" if minute else f"{hour} {oclock or ''}"
     elif suffix.startswith("व"):                                              # 7वा and 7वां are typed for 7वाँ
         words = _read(figure) + suffix[:2] + (CHANDRABINDU if suffix[1] == "ा" else BINDU)
     elif figure + suffix[:1] in ORDINALS:
@@ -235,7 +235,7 @@ def numbers_in_words(text: str) -> str:
     return NUMBER.sub(_number, text)
 
 # ------------------------------------------------------------------ 3. punctuation: a space, never nothing
-LONG_NAMES = "एच एल एम एन एस आर एफ एक्स आई वाई जेड ज़ेड डब्ल्यू डब्लू".split()         # more than one akshara
+LONG_NAMES = "एच एल एम एन एस आर एफ एक्स आई आइ वाई वाइ जेड ज़ेड डब्ल्यू डब्लू".split()         # more than one akshara
 LETTER_NAMES = {*LONG_NAMES, *"ए बी सी डी ई जी जे के ओ पी क्यू टी यू वी".split()}
 _akshara = f"[{LETTER}]{NUKTA}?(?:{VIRAMA}[{LETTER}]{NUKTA}?)*[{MATRA}]?[{CHANDRABINDU}{BINDU}]?"
 _group = f"(?:{'|'.join(LONG_NAMES)}|{_akshara})"

@@ -89,10 +89,14 @@ class KeptDecoder(TextDecoder):
 
     def kept_logits(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
         """(B, T, rows), what training needs. ValueError if an id has no row."""
-        rows = self.row_of[ids]
+        return super().forward(self.rows(ids), audio, kv_cache)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """row_of, after a check that each has one: -100, say, would wrap around to that of a timestamp."""
+        rows = torch.where(ids < 0, -1, self.row_of[ids])
         if not (rows.is_meta or torch.compiler.is_compiling()) and (rows < 0).any():
             raise ValueError(f"ids {ids[rows < 0].unique().tolist()} have no row; give vocabulary_ all ids you use")
-        return super().forward(rows, audio, kv_cache)
+        return rows
 
     def forward(self, ids: Tensor, audio: Tensor, kv_cache: dict | None = None) -> Tensor:
         """(B, T, n_vocab), -inf where the row is gone (index_copy_ is 5 times faster than a look-up in row_of)."""
@@ -133,7 +137,8 @@ class Plan:
 
     def __str__(self) -> str:
         head = "{:35}    mean     std     cut      kept        of".format
-        row = "{:35}{:8.4f}{:8.4f}{:8.4f}{:>10}{:>10,}".format
+        number = "{:8.2g}" if self.settings.get("n_j") == "curvature" else "{:8.4f}"       # costs are near 1e-5
+        row = ("{:35}" + 3 * number + "{:>10}{:>10,}").format
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         lines = [settings, head("pass 1 (*: all norms under the cut)")]
         for name, n in self.norms.items():
@@ -173,7 +178,7 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 
     def pass1(z1: float) -> Plan:
         cuts = {}
-        for side in sorted({name[:8] for name in norms}) if curvature is None else [""]:        # "" begins every name
+        for side in {name[:8] if curvature is None else "" for name in norms}:                  # "" begins every name
             inside = [name for name in norms if name.startswith(side)]
             pooled = torch.cat([norms[name] for name in inside])
             mean, std = pooled.mean().item(), pooled.std(correction=0).item()
@@ -255,10 +260,15 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
         W, b = argmin sum |x* + f*(x*) - x - W u - b|^2 + r |(W, b) - (W_0, b_0)|^2, r = ridge * mean_i sum u_i^2 (4)
 
     over all positions of batches, (mels (B, n_mels, frames), ids (B, T): prompt and text, padded); of the encoder's,
-    128 to 255 a clip, evenly spread. Both streams of all clips are kept: 8 bytes a position and channel. Returns the
-    model. Raises ValueError without batches, or if the two are no such pair."""
+    128 to 255 a clip, evenly spread; mean_i over the u_i that are not always 0, so that mask_ and remove_ lead to the
+    same function. Single weights that were zeroed are filled again: pass 2 comes after. Both streams of all clips
+    are kept: 8 bytes a position and channel. Returns the model. Raises ValueError without batches, for a ridge below
+    0, if the two are no such pair, or if an id has no row."""
     if _parameters(before).keys() != _parameters(model).keys() or before.dims != model.dims or not batches:
         raise ValueError("refit_ needs batches of (mels, ids) and two models with as many layers, of one width")
+    if not ridge >= 0:
+        raise ValueError(f"ridge is {ridge}; give a number from 0")
+    torch.clear_autocast_cache()           # it may hold weights as they were before mask_
     audio = [(None, None)] * len(batches)
     for side, sublayers in {"encoder": ("attn", "mlp"), "decoder": ("attn", "cross_attn", "mlp")}.items():
         x = [[_embedded(m, side, *batch) for m in (before, model)] for batch in batches]
@@ -273,7 +283,8 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
                     u = nn.functional.pad(u[:, some].float(), (0, 1), value=1).flatten(0, 1)
                     with torch.autocast(u.device.type, enabled=False):     # sums in bf16 are not positive definite
                         M, C = M + u.T @ u, C + (x_old - x_new)[:, some].flatten(0, 1).T @ u
-                r, W = ridge * M.diagonal().mean(), torch.cat([reader.weight, reader.bias[:, None]], 1)
+                power, W = M.diagonal(), torch.cat([reader.weight, reader.bias[:, None]], 1)
+                r = ridge * power[power > 0].mean()
                 M.diagonal().add_(r)
                 W = torch.linalg.solve(M.double(), (C + r * W).T.double()).T.to(W.dtype)
                 reader.weight.copy_(W[:, :-1])
@@ -290,8 +301,8 @@ def _embedded(model: Whisper, side: str, mels: Tensor, ids: Tensor) -> Tensor:
     if side == "encoder":
         encoder, gelu = model.encoder, nn.functional.gelu
         return gelu(encoder.conv2(gelu(encoder.conv1(mels)))).permute(0, 2, 1).float() + encoder.positional_embedding
-    rows = model.decoder.row_of[ids] if isinstance(model.decoder, KeptDecoder) else ids
-    return model.decoder.token_embedding(rows) + model.decoder.positional_embedding[: ids.shape[1]]
+    rows = model.decoder.rows(ids) if isinstance(model.decoder, KeptDecoder) else ids
+    return (model.decoder.token_embedding(rows) + model.decoder.positional_embedding[: ids.shape[1]]).float()
 
 
 def _read(model: Whisper, block: nn.Module, name: str, x: Tensor, audio: Tensor | None) -> Tensor:
@@ -330,7 +341,7 @@ def vocabulary_(model: Whisper, tokens: Iterable[int]) -> Whisper:
     """Keep the embedding rows of `tokens` (ids), of the 256 single bytes, which can write any text, and of all special
     tokens and timestamps. Returns the model. Ids stay those of the full vocabulary, and dims; logits are -inf where a
     row is gone (`KeptDecoder`), so whisper runs on as it does with suppress_tokens. Training needs no -inf: the
-    cross-entropy of model.decoder.kept_logits(ids, audio) with targets model.decoder.row_of[ids] is that of the full
+    cross-entropy of model.decoder.kept_logits(ids, audio) with targets model.decoder.rows(ids) is that of the full
     width, as exp(-inf) = 0. Raises ValueError without tokens, or if one is not an id that the model has."""
     old, decoder, V, tokens = _parameters(model)[ROWS], model.decoder, model.dims.n_vocab, [*tokens]
     row_of = getattr(decoder, "row_of", torch.arange(V)).cpu()
@@ -435,6 +446,8 @@ def expand(model: Whisper) -> Whisper:
             state[p][(rows[:, None], columns) if old.ndim == 2 else rows] = old
     new.load_state_dict({name: state[name] for name in new.state_dict()}, assign=True)     # no index, row_of, kept_ids
     new.alignment_heads = model.alignment_heads.clone()
+    for name, p in new.named_parameters():
+        p.requires_grad_(model.get_parameter(name).requires_grad)
     return new
 
 
@@ -549,9 +562,7 @@ def _pass2(model: Whisper, keep: dict[str, Tensor], z2: float) -> dict[str, list
         for _, axis, mask in masks:
             w = w.index_select(axis, mask.nonzero().flatten().to(w.device))
         if masks:
-            mean = w.mean(dtype=torch.float64).item()
-            norm = torch.linalg.vector_norm(w, dtype=torch.float64).item()
-            std = max(norm ** 2 / w.numel() - mean ** 2, 0.0) ** 0.5       # many times faster than Tensor.std
+            std, mean = (x.item() for x in torch.std_mean(w, correction=0))
             cut = mean + z2 * std
             pass2[name] = [mean, std, cut, int(torch.count_nonzero(w >= cut)), w.numel()]
     return pass2

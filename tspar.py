@@ -132,9 +132,11 @@ class SparseGroupLasso:
             another, which is not the proximal operator of the sum but lands on zeros just as well.
     relative  True: strengths are in units of the loss's gradient. Each step multiplies them by the root mean square
             of .grad over all weights of the side's groups, so 1 pulls a weight as hard as the loss does on average,
-            in a toy and in Whisper-medium alike. Call both methods after backward(), before zero_grad()
+            in a toy and in Whisper-medium alike. Call the methods after backward(), before zero_grad(). A gradient
+            that is not finite counts as none: a GradScaler skips that step
     scale   an attribute that multiplies all four, 1 at first: raise it from 0 to let the penalty set in slowly
-    Raises ValueError, naming the group: a name with another beginning, and all that tspar.penalty refuses.
+    Raises ValueError, naming the group: a name with another beginning, a member that is no parameter but computed
+    from some, and all that tspar.penalty refuses; later, where strengths are relative and no gradient is there.
     """
 
     def __init__(self, groups: dict[str, Group], l1_encoder: float, l1_decoder: float,
@@ -149,11 +151,15 @@ class SparseGroupLasso:
                 raise ValueError(f"group {name!r} must begin with 'encoder.' or 'decoder.', which choose its "
                                  f"strengths; call it 'encoder.{name}', for example")
             _check(group, *strengths[side], name)
+            if not all(w.is_leaf for w, _ in group):
+                raise ValueError(f"group {name!r}: a member is computed from other parameters, which a step would not "
+                                 "reach; remove the parametrization (torch.nn.utils.parametrize, torch.nn.utils.prune)")
             self.groups[name] = (group, *strengths[side])
 
     def penalty(self) -> Tensor:
         """Equation (1) summed over all groups: the scalar that is added to cross-entropy."""
-        return self.scale * sum(penalty(*entry) for entry in self.groups.values())
+        units = self._units()
+        return sum(units[name[:8]] * penalty(*entry) for name, entry in self.groups.items())
 
     @torch.no_grad()
     def add_gradient_(self) -> None:
@@ -202,12 +208,17 @@ class SparseGroupLasso:
         """What multiplies the strengths of each side now: `scale`, and the size of the gradient if `relative`."""
         units = {}
         for side in ("encoder.", "decoder."):
-            weights = {id(w): w for name, entry in self.groups.items() if name[:8] == side for w, _ in entry[0]}
+            weights = {id(w): w for name, (group, l1, l2) in self.groups.items() if name[:8] == side and (l1 or l2)
+                       for w, _ in group}
             grads = [w.grad.detach() for w in weights.values() if w.grad is not None and w.numel()]
             units[side] = self.scale
-            if self.relative and grads:
-                norms = torch.stack([norm.to(grads[0].device, torch.float64) for norm in torch._foreach_norm(grads)])
-                units[side] *= (norms.square().sum() / sum(map(torch.numel, grads))).sqrt().item()
+            if self.relative and any(w.requires_grad for w in weights.values()):
+                if not grads:
+                    raise ValueError(f"no {side}* group has a gradient to measure relative strengths by; call this "
+                                     "between backward() and zero_grad()")
+                norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad)).to(grads[0].device) for grad in grads]
+                rms = (torch.stack(norms).double().square().sum() / sum(map(torch.numel, grads))).sqrt().item()
+                units[side] *= rms if math.isfinite(rms) else 0.0
         return units
 
 

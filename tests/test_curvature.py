@@ -164,6 +164,57 @@ def test_what_one_batch_says_two_say():
     assert difference(whole, of) < 0.5 * difference(plain, of)
 
 
+def test_refit_of_a_masked_model():
+    """mask_ and remove_ lead to the same function: what always reads zero has no part in the ridge."""
+    model = make(SMALL)
+    plan = replace(prune.two_pass(model, z2=None), keep={
+        "encoder.blocks.0.mlp": torch.arange(256) < 24, "decoder.blocks.1.attn.vo": torch.arange(64) % 32 < 8,
+        "decoder.blocks.1.attn.qk": torch.arange(64) % 32 < 8})
+    fitted = [prune.refit_(cut(copy.deepcopy(model), plan), model, [inputs(model)])
+              for cut in (prune.mask_, prune.remove_)]
+    assert difference(*map(logits, fitted)) < 1e-4 < difference(logits(fitted[0]), logits(model))
+
+
+def test_refit_twice_under_autocast():
+    """autocast keeps bf16 copies of float weights: the second cut in one context must not read those of before it."""
+    model, results = make(SMALL), []
+    keep = [{f"{side}.blocks.0.mlp": torch.arange(256) < n for side in ("encoder", "decoder")} for n in (128, 32)]
+    for contexts in (1, 2):
+        fitted, cuts = copy.deepcopy(model), [keep] if contexts == 1 else [[k] for k in keep]
+        for some in cuts:
+            with torch.autocast("cpu", torch.bfloat16):
+                for k in some:
+                    prune.mask_(fitted, replace(prune.two_pass(model, z2=None), keep=k))
+                    prune.refit_(fitted, model, [inputs(model)])
+        results.append(logits(fitted))
+    assert torch.equal(*results)
+
+
+def test_refit_in_half_precision():
+    """Weights in half precision, LayerNorms in float as whisper has them: fitted as in float32, to its precision."""
+    keep = {f"{side}.blocks.0.mlp": torch.arange(256) < 128 for side in ("encoder", "decoder")}
+    model, differences = make(SMALL), []
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = copy.deepcopy(model)
+        for m in whole.modules():
+            if not isinstance(m, torch.nn.LayerNorm):
+                for p in m.parameters(recurse=False):
+                    p.data = p.data.to(dtype)
+        plain = without(whole, keep)
+        fitted = prune.refit_(copy.deepcopy(plain), whole, [inputs(model)])
+        differences.append([difference(logits(x).float(), logits(whole).float()) for x in (plain, fitted)])
+    (plain, fitted), (_, half) = differences
+    assert fitted < half < (fitted + plain) / 2
+
+
+@pytest.mark.parametrize("ids, ridge, match", [([[1, 2]], -1.0, "ridge is -1"), ([[1, 40000]], 0.1, "40000.*no row"),
+                                               ([[1, -100]], 0.1, "-100.*no row")])
+def test_refit_of_bad_input(ids, ridge, match):
+    model = prune.vocabulary_(make(SPEECH), [300])
+    with pytest.raises(ValueError, match=match):
+        prune.refit_(copy.deepcopy(model), model, [(inputs(model)[0][:1], torch.tensor(ids))], ridge=ridge)
+
+
 @pytest.mark.parametrize("other, batches", [(SMALL, 0), (replace(SMALL, n_text_layer=1), 1)])
 def test_refit_of_no_pair(other, batches):
     """Nothing to fit on, or a model that was not the other's before: one sentence."""

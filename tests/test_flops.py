@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -581,6 +582,19 @@ def test_peak_activations_of_a_cut_vocabulary():
     assert measured == pytest.approx(size["kv_cache"] + size["decoder_fused"], rel=0.05)
 
 
+@linux_only
+def test_peak_of_a_prompt_without_fused_attention(monkeypatch):
+    """Tiny of 3,000 tokens after a prompt of 200: cross-attention writes 6 heads of 200 x 1,500 scores, more than logits."""
+    monkeypatch.setattr(MultiHeadAttention, "use_sdpa", False)
+    torch.manual_seed(0)
+    model = Whisper(replace(DIMS["tiny"], n_vocab=3000))
+    audio, size = torch.randn(1, 1500, 384), flops.memory(model, 201, 4, n_prompt=200)
+    assert size["decoder_unfused"] == 200 * (6 * 1500 * 8 + 6 * 4 * 384) > size["decoder_fused"]
+    with torch.inference_mode():
+        measured = flops._peak(partial(flops._decode, model, audio, 200, 2), audio.device)
+    assert measured == pytest.approx(size["kv_cache"] + size["decoder_unfused"], rel=0.05)
+
+
 @pytest.mark.parametrize("width, bytes_per_value, batch", [(None, 4, 1), (48, 4, 2), (None, 2, 1)])
 def test_training_memory_against_what_autograd_keeps(width, bytes_per_value, batch):
     """Every different tensor that a forward pass of tiny, whole or with narrow layers, saves for backward: within 1% in float32;
@@ -701,6 +715,9 @@ def test_copied_alone(tmp_path):
     lambda model: flops.table({"a": model, "b": nn.Linear(2, 2)}, 1, 1),
     lambda model: flops.table({"a": model}, 4, 24),
     lambda model: flops.measure(model, torch.zeros(2, 6), 1, 1),
+    lambda model: flops.measure(model, torch.zeros(0, 2, 6), 1, 1),
+    lambda model: flops.measure(model, torch.tensor(0.0), 1, 1),
+    lambda model: flops.measure(model, None, 1, 1),
     lambda model: flops.measure(model, torch.zeros(1, 2, 5), 1, 1),
     lambda model: flops.measure(model, torch.zeros(1, 2, 6), 4, 4),
     lambda model: flops.measure(model, torch.zeros(1, 2, 6), 1, 1, repeats=0),

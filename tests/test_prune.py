@@ -355,6 +355,14 @@ def test_prune_train_prune_again():
         model = removed
 
 
+def test_expand_keeps_what_is_frozen():
+    model = make()
+    model.encoder.requires_grad_(False)
+    new = prune.expand(prune.remove_(model, prune.two_pass(model)))
+    assert {name for name, p in new.named_parameters() if not p.requires_grad} == {
+        name for name, p in model.named_parameters() if name.startswith("encoder.")} - {"encoder.positional_embedding"}
+
+
 def test_dtype_device_and_requires_grad_stay():
     """Frozen parameters stay frozen, half stays half, an index stays an integer, the tied embedding stays tied."""
     model = weaken(make(), 0.5)
@@ -520,12 +528,12 @@ def test_training_on_kept_logits(cut):
     small = copy.deepcopy(cut[1])
     mel, _ = inputs(small)
     tokens = torch.tensor([[50258, *cut[2][:5], 65], [50258, 66, *cut[2][-5:]]])
-    losses, grads, row_of = [], [], small.decoder.row_of
+    losses, grads, rows = [], [], small.decoder.rows
     for full in (True, False):
         small.zero_grad()
         audio = small.encoder(mel)
         out = small.decoder(tokens[:, :-1], audio) if full else small.decoder.kept_logits(tokens[:, :-1], audio)
-        loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), (tokens if full else row_of[tokens])[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), (tokens if full else rows(tokens))[:, 1:].flatten())
         loss.backward()
         losses.append(loss.item())
         grads.append([p.grad.clone() for p in small.parameters()])
@@ -761,6 +769,9 @@ def test_plan_as_a_table():
     assert row[1:3] == [f"{n.mean():.4f}", f"{n.std(correction=0):.4f}"]
     assert row[4:] == [str(int(plan.keep["decoder.blocks.2.cross_attn.vo"].sum())), "64"]
     assert lines[-1].endswith(f"({plan.removed()[0] / plan.removed()[1]:.1%})")
+    costs = prune.two_pass(model, curvature={name: torch.full_like(p, 1e-11) for name, p in model.named_parameters()})
+    row = next(line for line in str(costs).splitlines() if line.startswith("decoder.blocks.2.cross_attn.vo")).split()
+    assert float(row[1]) == pytest.approx(costs.norms["decoder.blocks.2.cross_attn.vo"].mean().item(), rel=0.05)
     wide = "decoder.blocks.31.cross_attn.query"
     plan.pass2 = {wide: [0.0123, 0.0123, -0.0012, 1280 * 5120, 1280 * 5120]}
     assert max(map(len, str(plan).splitlines())) < 80

@@ -714,6 +714,45 @@ def test_relative_strengths_follow_the_gradient(relative, factor):
     assert torch.allclose(added[1], factor * added[0]) and added[0].abs().min() > 0
 
 
+def test_relative_penalty_is_what_its_gradient_says():
+    """penalty() of relative strengths has the gradient that add_gradient_ adds: both by the gradient that is there."""
+    net = nn.Linear(6, 4)
+    sgl = tspar.SparseGroupLasso({"encoder.x": [(net.weight, 1)]}, 0.3, 0, 0.5, 0, relative=True)
+    (1e-3 * net.weight.square().sum()).backward()
+    before = net.weight.grad.clone()
+    right = torch.autograd.grad(sgl.penalty(), net.weight)[0]
+    sgl.add_gradient_()
+    assert torch.allclose(net.weight.grad - before, right, rtol=1e-4)
+
+
+def test_relative_strengths_without_a_gradient():
+    """None to measure by: refused, as the strengths would be absolute. One that overflowed, in a step that a GradScaler
+    skips: no penalty, no NaN. In half precision the sum of squares does not overflow. A frozen side asks for none."""
+    net, frozen = nn.Linear(6, 4), nn.Linear(6, 4).requires_grad_(False)
+    groups = {"encoder.x": [(net.weight, 1)], "decoder.x": [(frozen.weight, 1)]}
+    sgl = tspar.SparseGroupLasso(groups, 1, 1, 1, 1, relative=True)
+    for call in (sgl.penalty, sgl.add_gradient_, lambda: sgl.prox_(torch.optim.SGD(net.parameters(), lr=0.1))):
+        with pytest.raises(ValueError, match="encoder.*backward"):
+            call()
+    before = net.weight.detach().clone()
+    for bad in (math.inf, math.nan):
+        net.weight.grad = torch.full((4, 6), bad)
+        sgl.prox_(torch.optim.SGD(net.parameters(), lr=0.1))
+        assert torch.equal(net.weight, before)
+    half = nn.Parameter(torch.full((300, 300), 1.0, dtype=torch.float16))
+    half.grad = torch.full_like(half, 300.0)                           # 300 * 300 of them have a norm of 90,000
+    sgl = tspar.SparseGroupLasso({"encoder.x": [(half, 1)]}, 1, 0, 0, 0, relative=True)
+    sgl.add_gradient_()
+    assert torch.equal(half.grad, torch.full_like(half, 600.0))
+
+
+def test_computed_members_are_refused():
+    """A parametrized weight is made anew from another parameter at each use: a step on it would be lost."""
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="'encoder.x'.*parametrization"):
+        tspar.SparseGroupLasso({"encoder.x": [(net.weight, 1)]}, 1, 0, 1, 0)
+
+
 def test_relative_strength_of_one_by_hand():
     """Strength 1 on single weights adds the root mean square of the side's gradient: (1, 7) has 5, and other sides do not count."""
     a, b = (nn.Parameter(torch.tensor([[3.0, -4.0]])) for _ in range(2))
