@@ -371,6 +371,24 @@ def penalty_table() -> str:
     return "\n".join(lines)
 
 
+def vocabularies() -> str:
+    """What a smaller vocabulary costs: after the first phase, so nothing is removed but embedding rows."""
+    tuned = lambda name: results(RESULTS / f"{name}.json")["tuned"]
+    early, hindi = results(RESULTS / "vocabulary.json"), [
+        (tuned(f"hi_kokoro-{seed}"), tuned(f"hi_kokoro-{seed}-vocabulary-full")) for seed in range(3)]
+    rows = [("English, data, embedding trained", 0, [(early["data"], early["full"])]),
+            ("English, letters", 0, [(tuned("so762-0-vocabulary-letters"), tuned("so762-0"))]),
+            *(("Hindi, data", seed, [pair]) for seed, pair in enumerate(hindi)), ("Hindi, data", "mean", hindi)]
+    lines = ["| | seed | parameters | WER | WER - full (95%) |", "|---|---:|---:|---:|---:|"]
+    for name, seed, pairs in rows:
+        cut, words = pairs[0][0], len(pairs) * np.array(pairs[0][0]["words"])
+        errors, more = (sum(np.subtract(a["errors"], times * np.array(b["errors"])) for a, b in pairs) for times in (0, 1))
+        low, high = run.interval(more, words, 0)
+        lines.append(f"| {name} | {seed} | {cut['parameters'] / 1e6:.1f} M | {100 * errors.sum() / words.sum():.1f}% "
+                     f"| {100 * more.sum() / words.sum():+.1f} ({low:+.1f} to {high:+.1f}) |")
+    return "\n".join(lines)
+
+
 def fits() -> str:
     """What was tried between removal and the end of recovery."""
     lines = ["| what | nats a token | WER |", "|---|---:|---:|"]
@@ -434,7 +452,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     if sys.argv[1] == "tables":
-        print("\n\n".join(made() for made in (table, seeds, rivals, claims, penalty_table, fits)))
+        print("\n\n".join(made() for made in (table, seeds, rivals, claims, penalty_table, vocabularies, fits)))
     elif sys.argv[1] == "picture":
         picture(Path(sys.argv[2]))
         tradeoff()

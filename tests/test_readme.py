@@ -20,7 +20,8 @@ def between(mark: str) -> str:
 
 
 @pytest.mark.parametrize("mark, made", [("real", real.table), ("seeds", real.seeds), ("rivals", real.rivals),
-                                        ("claims", real.claims), ("penalties", real.penalty_table), ("fits", real.fits)])
+                                        ("claims", real.claims), ("penalties", real.penalty_table), ("vocabularies", real.vocabularies),
+                                        ("fits", real.fits)])
 def test_tables_are_those_of_the_stored_results(mark, made):
     """Word for word what tests/real.py makes of tests/data/real."""
     assert between(mark) == made()
@@ -50,6 +51,11 @@ def test_figures_in_the_text_are_stored():
         assert f"{less:.1f} {said} ({low:.1f} to {high:.1f})" in text
     more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
     assert f"{more:.1f} points more than half zero ({low:+.1f} to {high:+.1f})" in text
+    fitted = [rows[f"{name}-0"]["35%, fitted only"]["wer"] for name in ("so762", "hi_kokoro")]
+    assert "Without any recovery a third less has {:.1f}% WER in English, {:.1f}% in Hindi".format(*fitted) in text
+    (*_, letters, _), *_, (*_, mean) = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
+    assert f"loses nothing ({letters}, {rows['so762-0']['tuned']['wer']:.1f}% without)" in text
+    assert f"Hindi loses {mean.strip('+').replace(' (', ' points (')}" in text
     nano = rows["nano-seeds"][-1]
     assert "Seed {} of the first run has {:.1f}% and {:.1f}%".format(*(nano[k] for k in ("seed", "dense test", "tspar test"))) in text
     tuned = [rows[f"so762-{seed}"]["tuned"]["wer"] for seed in range(3)]
