@@ -20,8 +20,9 @@ def between(mark: str) -> str:
 
 
 @pytest.mark.parametrize("mark, made", [("real", real.table), ("seeds", real.seeds), ("rivals", real.rivals),
-                                        ("claims", real.claims), ("penalties", real.penalty_table), ("vocabularies", real.vocabularies),
-                                        ("fits", real.fits)])
+                                        ("claims", real.claims), ("arms", real.own_arms), ("hindi", real.hindi_arms),
+                                        ("penalties", real.penalty_table), ("fits", real.fits),
+                                        ("vocabularies", real.vocabularies)])
 def test_tables_are_those_of_the_stored_results(mark, made):
     """Word for word what tests/real.py makes of tests/data/real."""
     assert between(mark) == made()
@@ -70,7 +71,7 @@ def test_figures_in_the_text_are_stored():
               if isinstance(row, dict)}
     told = text[text.index("**What reads from"):text.index("**The penalty is off")]
     told = set(re.findall(r"\d\.\d{3}", told))
-    assert told <= stored and len(told) > 7
+    assert told <= stored and len(told) > 5
 
 
 def test_stored_results_hold_no_texts():
