@@ -99,7 +99,9 @@ def run(s: Settings) -> None:
     fine_tune(pruned, train, recovery, "tspar: recover")
 
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
-    iterative_magnitude(imp, train, s, surplus / sum(weight.numel() for weight, _ in prune.zeros(imp)))
+    there = torch.cat([keep.flatten() for _, keep in prune.zeros(imp)])        # False: a zero the checkpoint came with
+    gone = surplus + (~there).sum().item()
+    iterative_magnitude(imp, train, s, min(max(0.0, gone / len(there)), 1 - 1e-6))
 
     if RANK == 0:
         report(dict(zip(MODELS, (original, dense, pruned, imp))), clips[s.split], plan, started, s)
@@ -110,27 +112,28 @@ def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
     that no clip says as for any other, and down. --vocabulary says whose rows stay: train's tokens, or all whose
     letters train has, as a model hardly learns from an hour of speech to spell a word in smaller pieces."""
     model.decoder.token_embedding.requires_grad_(False)
-    if s.vocabulary != "full":
-        tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
-        tokens = {id for text in train.sentences for t in (text, " " + text) for id in tokenizer.encode(t)}
-        if s.vocabulary == "letters":
-            letters = {" ", "\ufffd"}.union(*train.sentences)         # U+FFFD: a token that is part of a letter
-            tokens |= {id for id in range(tokenizer.eot) if letters.issuperset(tokenizer.decode([id]))}
-        prune.vocabulary_(model, tokens)
-    return model
+    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+    tokens = {id for text in train.sentences for t in (text, " " + text) for id in tokenizer.encode(t)}
+    there = model.decoder.row_of >= 0 if isinstance(model.decoder, prune.KeptDecoder) else [True] * tokenizer.eot
+    need(all(there[id] for id in tokens), f"--model {s.model}: its vocabulary was cut and lacks tokens that the "
+         f"sentences of --data {s.data} need; take the model that it was made from")
+    if s.vocabulary == "letters":
+        letters = {" ", "\ufffd"}.union(*train.sentences)             # U+FFFD: a token that is part of a letter
+        tokens |= {id for id in range(tokenizer.eot) if there[id] and letters.issuperset(tokenizer.decode([id]))}
+    return model if s.vocabulary == "full" else prune.vocabulary_(model, tokens)
 
 
 def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
     """Remove the groups of pass 1; unless they go by norms, fit what reads them to the model before; then zero the
     weights of pass 2. More than one of --cuts go to --target in steps: each decides anew, in (3) of prune.py by the
     weights as fitted by then, and by the first phase's h."""
-    before, target = copy.deepcopy(model), decide(model, s, curvature).share         # with --target 0, what z1 removes
-    cuts = s.cuts if s.importance == "curvature" else 1
+    before, cuts = copy.deepcopy(model), s.cuts if s.importance == "curvature" else 1
+    target = decide(model, s, curvature).share if s.target or cuts > 1 else 0.0      # with --target 0, what z1 removes
     some = np.random.default_rng(s.seed).permutation(len(train))[:CALIBRATION].tolist()
     some.sort(key=train.n_targets)               # alike in length, so that hardly a position is padding
     clips = batches(train, s, [(i,) for i in some], 8)                      # not --batch: N processes agree
     for left in reversed(range(cuts)):
-        plan = decide(model, replace(s, target=target * (1 - (left / cuts) ** 2), z2=None), curvature)
+        plan = decide(model, replace(s, target=target * (1 - (left / cuts) ** 2)), curvature)
         (prune.mask_ if left else prune.remove_)(model, plan)
         if s.importance == "curvature":
             with mixed(s):
@@ -139,15 +142,15 @@ def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch
     prune.mask_(model, pass2)
     say(s, f"{'tspar: two passes':<20}{plan.removed()[0]:,} of {plan.removed()[1]:,} parameters in blocks "
            f"({plan.share:.1%}) removed")
-    return replace(plan, pass2=pass2.pass2)
+    return replace(plan, pass2=pass2.pass2, settings=plan.settings | {"z2": s.z2})
 
 
 def decide(model: Whisper, s: Settings, curvature: dict[str, torch.Tensor] | None = None) -> prune.Plan:
-    """Two passes, at --z1 or at the threshold that removes --target, by norms where curvature is not asked for or not
+    """Pass 1, at --z1 or at the threshold that removes --target, by norms where curvature is not asked for or not
     known yet. Only norms have a floor: costs span decades, so that 5% of their mean is no small cost."""
     curvature = curvature if s.importance == "curvature" else None
     with blame("--target" if s.target else "--model"):
-        return prune.two_pass(model, GROUPS[s.groups](model), s.z1, s.z2, floor=0.0 if curvature else 0.05,
+        return prune.two_pass(model, GROUPS[s.groups](model), s.z1, None, floor=0.0 if curvature else 0.05,
                               curvature=curvature, share=s.target or None)
 
 
@@ -167,7 +170,7 @@ class Phase:
     """How far a phase has come."""
     step: int = 0
     losses: list[float] = field(default_factory=list)          # of the last 20 steps, nats a token without penalty
-    curvature: dict[str, torch.Tensor] = field(default_factory=dict)         # mean squared gradients, once finished
+    curvature: dict[str, torch.Tensor] = field(default_factory=dict)         # the loss's mean squared gradients
 
 
 def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: SparseGroupLasso | None = None) -> Phase:
@@ -183,6 +186,7 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer") or optimizer.state_dict())        # a finished phase has none
         phase = Phase(**saved)
+        phase.curvature = {name: h.to(s.device) for name, h in phase.curvature.items()}
     start, warm_up = phase.step, max(1, min(50, s.steps // 5))
     loader, n_targets = steps_of(train, s, start)
     bar = tqdm(range(start, s.steps), title, s.steps, initial=start, leave=False, ncols=80, disable=RANK > 0 or None)
@@ -194,6 +198,7 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
         if penalty:
             penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
         if penalty and s.penalty == "loss":
+            running_mean_(phase.curvature, model, step)
             penalty.add_gradient_()              # once, after all-reduce and clipping: it depends on neither
         optimizer.step()
         if penalty and s.penalty == "prox":
@@ -201,10 +206,11 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
         for weight, keep in zeros:
             weight.data.mul_(keep)
         phase.step, phase.losses = step + 1, [*phase.losses[-19:], loss]
-        if phase.step == s.steps:
+        finished = phase.step == s.steps
+        if finished and not phase.curvature:
             phase.curvature = mean_squares(model, optimizer)
-        if phase.curvature or time.time() > last_save + SAVE_EVERY:
-            state = {"model": model.state_dict(), "optimizer": {} if phase.curvature else optimizer.state_dict()}
+        if finished or time.time() > last_save + SAVE_EVERY:
+            state = {"model": model.state_dict(), "optimizer": {} if finished else optimizer.state_dict()}
             write(path, lambda file: torch.save(state | vars(phase), file))
             last_save = time.time()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -220,6 +226,15 @@ def mean_squares(model: Whisper, optimizer: torch.optim.Optimizer) -> dict[str, 
     beta = optimizer.param_groups[0]["betas"][1]
     return {name: optimizer.state[p]["exp_avg_sq"] / (1 - beta ** float(optimizer.state[p]["step"]))
             for name, p in model.named_parameters() if p in optimizer.state}
+
+
+@torch.no_grad()
+def running_mean_(squares: dict[str, torch.Tensor], model: Whisper, step: int) -> None:
+    """The same without Adam, where a penalty is about to join the gradient: its own square would hide the loss's."""
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            h = squares.setdefault(name, torch.zeros_like(p))
+            h.lerp_(p.grad.square(), (1 - 0.98) / (1 - 0.98 ** (step + 1)))
 
 
 def steps_of(train: Clips, s: Settings, first: int) -> tuple:
@@ -283,7 +298,7 @@ def figures(model: Whisper, clips: Clips, texts: list[str], s: Settings) -> dict
     weights, cache and activations then, at 4 bytes a value."""
     clean, n_new = normalizer(s.language), round(np.mean([*map(clips.n_targets, range(len(clips)))]))
     count, size = flops.parameters(model), flops.memory(model, clips.n_start + n_new - 1, 4)
-    return {**score([*map(clean, clips.sentences)], [*map(clean, texts)], s.seed),
+    return {**score([*map(clean, clips.sentences)], [*map(clean, texts)], s.seed, s.language),
             "parameters": count["total"], "nonzero": count["nonzero"], "block_parameters": count["blocks"],
             "block_nonzero": count["blocks_nonzero"], "memory_bytes": size["weights"] + size["peak_fused"],
             "flops": flops.encoder(model) + flops.greedy(model, clips.n_start, n_new)}
@@ -305,7 +320,8 @@ def report(models: dict, clips: Clips, plan: prune.Plan, started: float, s: Sett
     if s.plot:
         write(out / "plot.png", lambda file: draw(plan, file))
     shutil.rmtree(out / "state")
-    say(s, f"\nin {out}: {', '.join(RESULTS)}   ({time.time() - started:.0f} s)")
+    results = ", ".join((*RESULTS, "plot.png") if s.plot else RESULTS)
+    say(s, f"\nin {out}: {results}   ({time.time() - started:.0f} s)")
 
 
 def look(model: Whisper, s: Settings) -> None:
@@ -322,8 +338,9 @@ def look(model: Whisper, s: Settings) -> None:
             text = " ".join(decode(model, mel[None], s)[0] for mel in mels)
         print(f"{path}\t{text}", flush=True)
     if s.evaluate:
-        rows, _ = compare({Path(s.model).stem[:8]: model}, Clips(model, s.split, s), s)
-        print(table(rows))
+        clips = Clips(model, s.split, s)
+        rows, _ = compare({Path(s.model).name.removesuffix(".pt")[:9]: model}, clips, s)
+        print(f"{s.split:<6}{len(clips):>6,} clips   {clips.left_out}".rstrip() + f"\n{table(rows)}")
 
 
 def decoding(model: Whisper, s: Settings) -> whisper.DecodingOptions:
@@ -353,15 +370,15 @@ def transcribe(model: Whisper, clips: Clips, s: Settings) -> list[str]:
     return [text for mels, _, _ in bar for text in decode(model, mels.to(s.device), s)]
 
 
-def score(references: list[str], hypotheses: list[str], seed: int) -> dict:
+def score(references: list[str], hypotheses: list[str], seed: int, language: str = "hi") -> dict:
     """Corpus WER and CER of normalized text, in percent; errors and words of each clip; the 95% interval of the WER.
-    Where every word is one character (SPACELESS), the WER is the CER."""
+    In a language of SPACELESS every word is one character, and the WER is the CER."""
     pairs = [(r, h) for r, h in zip(references, hypotheses) if r]        # no word said, no rate
     need(pairs, "no reference has a word left after normalization; look at --language and the sentence column")
     counts = [jiwer.process_words(r, h) for r, h in pairs]
     errors = [c.substitutions + c.deletions + c.insertions for c in counts]
     words = [c.hits + c.substitutions + c.deletions for c in counts]
-    wer, characters = 100 * sum(errors) / sum(words), all(len(word) == 1 for r, _ in pairs for word in r.split())
+    wer, characters = 100 * sum(errors) / sum(words), language in SPACELESS
     return {"wer": wer, "cer": wer if characters else 100 * jiwer.cer(*map(list, zip(*pairs))),
             "unit": "character" if characters else "word", "wer_ci95": interval(errors, words, seed),
             "errors": errors, "words": words}
@@ -424,7 +441,7 @@ def diagnosis(rows: list[dict], plan: prune.Plan) -> str:
     low, high = interval(np.subtract(tspar["errors"], dense["errors"]), dense["words"], 0)
     text = (f"With {gone / of:.0%} of the parameters in blocks removed, WER of tspar minus that of dense is "
             f"{tspar['wer'] - dense['wer']:+.1f} points (95% interval {low:+.1f} to {high:+.1f}): ")
-    text += ("pruned too far; lower --target, or raise --recovery-steps." if low > 0 else
+    text += ("pruned too far; lower --target (or --z1 without it), or raise --recovery-steps." if low > 0 else
              "no loss that these clips can show." if high >= 0 else "better.")
     return textwrap.fill(text, 80, break_on_hyphens=False)
 
@@ -605,7 +622,7 @@ def augment(mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     up to 20 frames are set to the mean."""
     mel = mel.roll(int(rng.integers(20)), -1)
     for axis, widest in ((0, 10), (0, 10), (1, 20), (1, 20)):
-        width = int(rng.integers(widest + 1))
+        width = int(rng.integers(min(widest + 1, mel.shape[axis])))
         mel.narrow(axis, int(rng.integers(mel.shape[axis] - width)), width).fill_(mel.mean())
     return mel
 
@@ -682,7 +699,7 @@ def start_folder(s: Settings, model: Whisper) -> None:
         need(room > size, f"--out {out} has {room:.1f} GB left, the run needs {size:.1f}; make room, or name another")
     with blame(f"--out {out} cannot be written; name a folder that can", OSError):
         (out / "state").mkdir(parents=True, exist_ok=True)
-        for old in () if s.resume else (*(out / "state").iterdir(), *(out / name for name in RESULTS)):
+        for old in () if s.resume else (*(out / "state").iterdir(), *(out / name for name in (*RESULTS, "plot.png"))):
             old.unlink(missing_ok=True)
         write(record, lambda file: file.write(json.dumps(ours, indent=1).encode()))
 
@@ -759,7 +776,7 @@ def settings(argv: list[str] | None) -> Settings:
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **typed)
     s = Settings(**vars(parser.parse_args(argv)))
     limits = dict.fromkeys(("batch", "accumulate", "cuts"), (1, math.inf)) | {"target": (0, 1)}
-    limits |= dict.fromkeys(("z1", "z2"), (-99, 99))
+    limits |= dict.fromkeys(("z1", "z2"), (-99, 99)) | {"seed": (0, 2 ** 63)}
     for f in fields(s):
         value, (low, high) = getattr(s, f.name), limits.get(f.name, (0, math.inf))
         need(not isinstance(value, (int, float)) or low <= value < high,          # nan compares false, so is refused
@@ -776,7 +793,8 @@ def settings(argv: list[str] | None) -> Settings:
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and WORLD > 1 else device
     with blame(f"--device {device} cannot be used; take cpu, or a machine with cuda", RuntimeError, AssertionError):
         torch.zeros(1, device=device)
-    return replace(s, device=device, out=s.out or f"runs/{Path(s.model).stem}-{Path(s.data).name}")
+    model = Path(s.model).name.removesuffix(".pt")               # not .stem: base.en is no file of the kind .en
+    return replace(s, device=device, out=s.out or f"runs/{model}-{Path(s.data).name}")
 
 
 def completed(s: Settings, model: Whisper) -> Settings:
@@ -836,8 +854,12 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     whisper.decode(model.eval(), mels, replace(decoding(model, s), sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
     seconds = steps * step + len(MODELS) * len(test) * (time.time() - started) / few
-    memory = flops.training_memory(model, length + train.n_start, s.batch, 2 if s.precision == "bf16" else 4)
-    memory += 3 * 4 * sum(p.numel() for p in model.parameters())          # the copies that wait for their turn
+    memory = flops.training_memory(model, length + train.n_start - 1, s.batch, 2 if s.precision == "bf16" else 4)
+    weights, width = 4 * sum(p.numel() for p in model.parameters()), model.dims.n_audio_state
+    streams = 16 * width * (model.dims.n_audio_ctx + length) + 8 * model.dims.n_mels * model.dims.n_audio_ctx
+    # Four other copies of the model and h wait for their turn, or refit_ keeps streams and mels beside six of these.
+    fit = 6 * weights + streams * min(CALIBRATION, len(train)) if s.importance == "curvature" else 0
+    memory = max(memory + 5 * weights, fit)
     say(s, f"{steps:,} steps of {size} clips, {step:.2f} s each, then four models to measure: about "
            f"{max(1, round(seconds / 60))} min,\n{memory / 1e9:.1f} GB of memory, {s.precision} activations. A loss "
            "is in nats (natural log) a token.\n")
@@ -846,6 +868,8 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0 when done; 2 and one line on stderr for bad input, 1 for what failed on the way, 130 when interrupted."""
     before, again = signal.signal(signal.SIGTERM, signal.default_int_handler), "the same command with --resume goes on"
+    if hasattr(sys.stdout, "reconfigure"):       # a terminal without Devanagari must not end hours of work
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         s = settings(argv)
         if WORLD > 1:
@@ -857,13 +881,13 @@ def main(argv: list[str] | None = None) -> int:
         text, code = str(stop), stop.code
     except KeyboardInterrupt:
         text, code = f"stopped; if training had begun, {again}", 130
-    except (OSError, RuntimeError) as error:     # no room on the disk or in memory, a process that was killed
+    except (OSError, RuntimeError, MemoryError) as error:        # no room on disk or in memory, a process was killed
         known = ("out of memory", "allocate", "inline_container", "unexpected pos", "DataLoader worker")
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in known):
             if RANK == 0:
                 raise
             return 1                             # process 0 has said why it left
-        text, code = f"{str(error).splitlines()[0]}; when that is mended, {again}", 1
+        text, code = f"{(str(error) or 'out of memory').splitlines()[0]}; when that is mended, {again}", 1
     finally:
         signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
