@@ -714,7 +714,7 @@ EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/m
 # Common Voice usually takes them.
 OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
           "target": 0.35, "cuts": 1}
-RECIPES = {128: {"lr": 1e-3, "steps": 300, "recovery_steps": 700, "batch": 8, "vocabulary": "data", "target": 0.5,
+RECIPES = {128: {"lr": 1e-3, "steps": 300, "recovery_steps": 1000, "batch": 8, "vocabulary": "data", "target": 0.5,
                  "cuts": 6, "workers": 0, "precision": "fp32"},
            384: {"lr": 3.75e-5}, 512: {"lr": 2.5e-5, "steps": 250, "batch": 8}, 768: {"lr": 1.25e-5},
            1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
@@ -737,7 +737,7 @@ class Settings:
     vocabulary: str = flag(None, "full: all; letters: what train's letters can write; data: train's tokens (nano)",
                            "full", "letters", "data")
     steps: int = flag(None, "first phase, before pruning: more let the weights settle")
-    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps; nano 700)")
+    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps; nano 1000)")
     batch: int = flag(None, "clips a step and process")
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
     lr: float = flag(None, "highest learning rate of both phases")

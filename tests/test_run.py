@@ -161,6 +161,8 @@ def test_augment_repeats_with_its_generator():
     first, second = (run.augment(mel, np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(first, second) and not torch.equal(first, mel)
     assert (first == first.mode().values.mode().values).float().mean() < 0.5
+    for seed in range(20):
+        assert run.augment(torch.ones(80, 2), np.random.default_rng(seed)).shape == (80, 2), "narrower than a stretch"
 
 
 def test_test_sentences_are_not_in_train(nano):
@@ -575,9 +577,10 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "both.py")]
     subprocess.run([*torchrun, *flags, "--batch", "4", "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
                    capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for name, apart in (("dense", 1e-5), ("tspar", 5e-5)):           # of which refit_ solves parts anew
+    for name, apart, flipped in (("dense", 1e-5, 0), ("tspar", 1e-4, 10)):         # refit_ solves parts of it anew
         one, two = weights(tmp_path / "one" / f"{name}.pt"), weights(tmp_path / "two" / f"{name}.pt")
-        assert max((one[key] - two[key]).abs().max().item() for key in one) < apart
+        more = sum(((one[key] - two[key]).abs() > apart).sum().item() for key in one)
+        assert more <= flipped, "but for a few weights at the very threshold of pass 2"
     for title in ("dense fine-tune", "tspar fine-tune"):
         one, two = (torch.load(tmp_path / which / f"curvature of {title}.pt", weights_only=True) for which in ("one", "two"))
         assert one.keys() == two.keys() == dict(prune.load(NANO).named_parameters()).keys() - {prune.ROWS}
@@ -651,6 +654,7 @@ def test_pass_two_comes_last(tmp_path):
     plan = run.prune_(model, clips, s, curvature)
     gone, of = plan.removed()
     assert gone / of == pytest.approx(0.5, abs=0.02)
+    assert plan.settings["z2"] == -0.5 and "z2 -0.5" in str(plan)
     for name, (mean, std, threshold, kept, size) in plan.pass2.items():
         w, old = model.get_parameter(f"{name}.weight"), cut.get_parameter(f"{name}.weight")
         assert threshold == pytest.approx(mean - 0.5 * std) and (w != 0).sum() == kept and size == w.numel()
@@ -661,6 +665,34 @@ def test_pass_two_comes_last(tmp_path):
     model_, s_ = copy.deepcopy(before), run.replace(s, z2=-99)
     run.prune_(model_, clips, s_, curvature)
     assert apart(model_) < 0.5 * apart(cut), "fitted to the model before"
+
+
+def test_pruned_again(finished, tmp_path):
+    """A pruned checkpoint goes through it all again: as many of imp's weights are left as of tspar's, the zeros that came with
+    it counted; where fewer zeros come out than went in (refit_ fills them), imp gets none. Other words: one sentence."""
+    again = ["--model", str(finished / "tspar.pt"), "--vocabulary", "full"]
+    assert run.main([*QUICK, *again, "--target", "0.2", "--out", str(tmp_path / "a")]) == 0
+    left = {row["name"]: row["block_nonzero"] for row in json.loads((tmp_path / "a/report.json").read_text())["models"]}
+    assert left["imp"] == pytest.approx(left["tspar"], rel=0.001) and left["tspar"] < 0.9 * left["dense"]
+    assert run.main([*QUICK, *again, "--target", "0", "--z1", "-99", "--z2", "-99", "--out", str(tmp_path / "b")]) == 0
+    left = {row["name"]: row["block_nonzero"] for row in json.loads((tmp_path / "b/report.json").read_text())["models"]}
+    assert left["imp"] == left["dense"] <= left["tspar"]
+    with pytest.raises(run.Stop, match="vocabulary was cut"):
+        run.prepared(prune.load(finished / "tspar.pt"), SimpleNamespace(sentences=["Hello wonderful world"]), run.Settings())
+
+
+def test_a_sentence_may_fill_the_context(tmp_path, capsys, monkeypatch):
+    """As many tokens as positions: read, announced, no traceback."""
+    folder, text = common_voice(tmp_path / "cv", rows=2), " ".join(["the"] * 124)      # and 4 before, the end after
+    assert len(TOKENIZER.encode(" " + text)) == 124 == prune.load(NANO).dims.n_text_ctx - 4
+    for split in ("train", "test"):
+        head, first, *_ = (folder / f"{split}.tsv").read_text(encoding="utf8").split("\n")
+        cells = first.split("\t")
+        cells[head.split("\t").index("sentence")] = text
+        (folder / f"{split}.tsv").write_text(f"{head}\n" + "\t".join(cells) + "\n", encoding="utf8")
+    monkeypatch.setattr(run, "fine_tune", lambda *_, **__: run.need(False, "far enough"))
+    assert run.main(["--data", str(folder), "--vocabulary", "full", "--out", str(tmp_path / "out")]) == 2
+    assert "far enough" in capsys.readouterr().err
 
 
 def test_decoding_processes_change_nothing(nano):
@@ -748,7 +780,7 @@ def broken(tmp_path: Path, what: str) -> list[str]:
 @pytest.mark.parametrize("arguments, names", [
     (["--model", "smal"], "smal"), (["--model", "missing.pt"], "missing.pt"), (["--data", "nowhere"], "nowhere"),
     (["--steps", "-1"], "-1"), (["--steps", "many"], "many"), (["--z1", "nan"], "nan"), (["--lr", "inf"], "inf"),
-    (["--batch", "0"], "0"), (["--target", "1"], "--target"), (["--language", "xx"], "xx"), (["--device", "cuda:99"], "cuda:99"),
+    (["--batch", "0"], "0"), (["--seed", str(2 ** 63)], "--seed"), (["--target", "1"], "--target"), (["--language", "xx"], "xx"), (["--device", "cuda:99"], "cuda:99"),
     (["--device", "toaster"], "toaster"), (["--penalty", "squared"], "squared"), (["--nonsense"], "--nonsense"),
     (["--data", "cv11_hi", "--data-dir", "nowhere"], "nowhere"),
     ("checkpoint", "bad.pt"), ("no table", "train.tsv"), ("no column", "sentence"), ("empty", "0 rows"),
