@@ -166,7 +166,8 @@ class SparseGroupLasso:
         """Add equation (2) to .grad: what penalty().backward() does, with no graph, in a third of the time.
 
         A parameter without .grad gets one; a frozen one (requires_grad False) does not, yet its norm counts.
-        With a GradScaler, call it between scaler.unscale_ and scaler.step.
+        With a GradScaler, call it between scaler.unscale_ and scaler.step. Adam's second moment is that of the sum
+        then: who wants the loss's mean squared gradient, as importance, keeps it before this call.
         """
         units = self._units()
         for name, (group, l1, l2) in self.groups.items():
