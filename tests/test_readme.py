@@ -52,6 +52,8 @@ def test_figures_in_the_text_are_stored():
         assert f"{less:.1f} {said} ({low:.1f} to {high:.1f})" in text
     more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
     assert f"{more:.1f} points more than half zero ({low:+.1f} to {high:+.1f})" in text
+    for name, x in rows["penalties"].items():
+        assert f"{x['50%, WER']:.1f}%" in text, name
     fitted = [rows[f"{name}-0"]["35%, fitted only"]["wer"] for name in ("so762", "hi_kokoro")]
     assert "Without any recovery a third less has {:.1f}% WER in English, {:.1f}% in Hindi".format(*fitted) in text
     (*_, letters, _), *_, (*_, mean) = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
