@@ -178,22 +178,19 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
     Warm-up over the first fifth, 50 steps at most, then linear decay to zero. The penalty's strengths grow from zero
     over the first half: groups that turn out useful have moved before it presses on all."""
     started, zeros = time.time(), [(weight, keep) for weight, keep in prune.zeros(model) if not keep.all()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     path, phase = Path(s.out) / "state" / (title.replace(":", "").replace(" ", "-") + ".pt"), Phase()
     if s.resume and path.is_file():
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer") or optimizer.state_dict())        # a finished phase has none
         phase = Phase(**saved)
-        phase.curvature = {name: h.to(s.device) for name, h in phase.curvature.items()}
     start, warm_up = phase.step, max(1, min(50, s.steps // 5))
     loader, n_targets = steps_of(train, s, start)
     bar = tqdm(range(start, s.steps), title, s.steps, initial=start, leave=False, ncols=80, disable=RANK > 0 or None)
     last_save = time.time()
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / max(1, s.steps - warm_up))
+        optimizer.param_groups[0]["lr"] = s.lr * min((step + 1) / warm_up, (s.steps - step) / (s.steps - warm_up or 1))
         loss = backward(model, loader, n_targets[step], s)
         if penalty:
             penalty.scale = min(1.0, 2 * (step + 1) / s.steps)
@@ -233,8 +230,8 @@ def running_mean_(squares: dict[str, torch.Tensor], model: Whisper, step: int) -
     """The same without Adam, where a penalty is about to join the gradient: its own square would hide the loss's."""
     for name, p in model.named_parameters():
         if p.grad is not None:
-            h = squares.setdefault(name, torch.zeros_like(p))
-            h.lerp_(p.grad.square(), (1 - 0.98) / (1 - 0.98 ** (step + 1)))
+            h = squares.get(name, torch.zeros_like(p)).to(p.device)    # --resume has read it onto the CPU
+            squares[name] = h.lerp_(p.grad.square(), (1 - 0.98) / (1 - 0.98 ** (step + 1)))
 
 
 def steps_of(train: Clips, s: Settings, first: int) -> tuple:
