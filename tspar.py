@@ -152,8 +152,8 @@ class SparseGroupLasso:
                                  f"strengths; call it 'encoder.{name}', for example")
             _check(group, *strengths[side], name)
             if not all(w.is_leaf for w, _ in group):
-                raise ValueError(f"group {name!r}: a member is computed from other parameters, which a step would not "
-                                 "reach; remove the parametrization (torch.nn.utils.parametrize, torch.nn.utils.prune)")
+                raise ValueError(f"group {name!r}: a member is computed from other parameters, which no step would "
+                                 "reach; remove the parametrization (torch.nn.utils.parametrize, .prune)")
             self.groups[name] = (group, *strengths[side])
 
     def penalty(self) -> Tensor:
