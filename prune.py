@@ -178,7 +178,7 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 
     def pass1(z1: float) -> Plan:
         cuts = {}
-        for side in {name[:8] if curvature is None else "" for name in norms}:                  # "" begins every name
+        for side in sorted({name[:8] if curvature is None else "" for name in norms}):          # "" begins every name
             inside = [name for name in norms if name.startswith(side)]
             pooled = torch.cat([norms[name] for name in inside])
             mean, std = pooled.mean().item(), pooled.std(correction=0).item()
