@@ -49,21 +49,24 @@ def test_figures_in_the_text_are_stored():
         assert rows["distilled"][data]["wer"] > rows[f"{data}-0"]["50%"]["wer"]
     for rival, said in (("fewer layers", "less than fewer layers"), ("Taylor, 35%", "points less WER than Taylor")):
         less, low, high = distance("so762-0", rival, "35%")
-        assert f"{less:.1f} {said} ({low:.1f} to {high:.1f})" in text
+        assert f"{less:.1f} {said} ({low:.1f} to {high:.1f}" in text
+    assert "half gone: {:.1f}, {:.1f} to {:.1f})".format(*distance("so762-0", "Taylor, 50%", "50%")) in text
+    assert "in Hindi {:.1f} less ({:.1f} to {:.1f})".format(*distance("hi_kokoro-0", "IMP, 50% zeros", "50%")) in text
     more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
     assert f"{more:.1f} points more than half zero ({low:+.1f} to {high:+.1f})" in text
     for name, x in rows["penalties"].items():
         assert f"{x['50%, WER']:.1f}%" in text, name
     fitted = [rows[f"{name}-0"]["35%, fitted only"]["wer"] for name in ("so762", "hi_kokoro")]
     assert "Without any recovery a third less has {:.1f}% WER in English, {:.1f}% in Hindi".format(*fitted) in text
-    (*_, letters, _), *_, (*_, mean) = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
+    (*_, letters, _), *_, (*_, mean), (*_, spelled) = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
     assert f"loses nothing ({letters}, {rows['so762-0']['tuned']['wer']:.1f}% without)" in text
-    assert f"Hindi loses {mean.strip('+').replace(' (', ' points (')}" in text
+    said = f"Hindi loses {mean.strip('+').replace(' (', ' points (')}, with letters {spelled.strip('+')}."
+    assert said in text
     nano = [row for row in rows["nano-seeds"] if row["steps"] == "300 + 1000"]
     dense, tspar = ([row[f"{name} test"] for row in nano] for name in ("dense", "tspar"))
     said = f"dense has {min(dense):.1f}% to {max(dense):.1f}% WER, tspar {min(tspar):.1f}% to {max(tspar):.1f}%"
-    assert said in text and len(nano) == 7 and "In seven runs" in text
-    assert [row["difference"][1] > 0 for row in nano].count(True) == 2 and "in two of them the loss shows" in text
+    assert said in text and len(nano) == 10 and "In ten runs" in text
+    assert [row["difference"][1] > 0 for row in nano].count(True) == 3 and "in three of them the loss shows" in text
     tuned = [rows[f"so762-{seed}"]["tuned"]["wer"] for seed in range(3)]
     assert "dense has {:.1f}% (seeds 1, 2: {:.1f}%, {:.1f}%)".format(*tuned) in text
     whole, small = rows["latency"]["as OpenAI made it, 30 s"], rows["latency"]["hi_kokoro-0 50%"]
