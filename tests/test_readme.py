@@ -58,7 +58,8 @@ def test_figures_in_the_text_are_stored():
         assert f"{x['50%, WER']:.1f}%" in text, name
     fitted = [rows[f"{name}-0"]["35%, fitted only"]["wer"] for name in ("so762", "hi_kokoro")]
     assert "Without any recovery a third less has {:.1f}% WER in English, {:.1f}% in Hindi".format(*fitted) in text
-    (*_, letters, _), *_, (*_, mean), (*_, spelled) = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
+    cells = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
+    (*_, letters, _), *_, (*_, mean), (*_, spelled) = cells
     assert f"loses nothing ({letters}, {rows['so762-0']['tuned']['wer']:.1f}% without)" in text
     said = f"Hindi loses {mean.strip('+').replace(' (', ' points (')}, with letters {spelled.strip('+')}."
     assert said in text
