@@ -229,14 +229,16 @@ def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> 
 
 
 def latency(folder: Path) -> None:
-    """Encoder, and greedy decoding of 24 tokens, of one clip: median of 30 rounds, each in a new order of models."""
+    """Encoder, and greedy decoding of 24 tokens, of one clip: median of 30 rounds, each in a new order of models. What
+    RESULTS has stays; what is new is given in its pace, that of so762-0's dense, which must be among the models."""
     stock = lambda: prune.load(folder / "base.pt")
     models = dict(zip(STOCK, (stock(), prune.window_(stock(), 8))))
     for path in sorted((ROOT / "runs/real").glob("*-0/*.pt")):
         models |= {f"{path.parent.name} {path.stem}": prune.load(path)} if path.stem not in ORIGINAL else {}
-    whole = models[HALF_30] = copy.deepcopy(models["so762-0 50%"])       # what pruning gives without the window
-    whole.encoder.positional_embedding, whole.dims = stock().encoder.positional_embedding, copy.copy(whole.dims)
-    whole.dims.n_audio_ctx = len(whole.encoder.positional_embedding)
+    if "so762-0 50%" in models:                          # what pruning gives without the window
+        whole = models[HALF_30] = copy.deepcopy(models["so762-0 50%"])
+        whole.encoder.positional_embedding, whole.dims = stock().encoder.positional_embedding, copy.copy(whole.dims)
+        whole.dims.n_audio_ctx = len(whole.encoder.positional_embedding)
     seconds = {name: {"encoder": [], "greedy": []} for name in models}
     with torch.inference_mode():
         for turn in range(31):
@@ -254,9 +256,12 @@ def latency(folder: Path) -> None:
     result = {name: {part: 1000 * float(np.median(x)) for part, x in parts.items()} | {
         "encoder_gflops": flops.encoder(models[name]) / 1e9, "parameters": flops.parameters(models[name])["total"]}
         for name, parts in seconds.items()}
-    result["machine"] = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    run.write(RESULTS / "latency.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     print(json.dumps(result, indent=1))
+    old, dense = results(RESULTS / "latency.json"), result["so762-0 dense"]
+    for row in [row for name, row in result.items() if old and name not in old]:
+        row |= {part: row[part] * old["so762-0 dense"][part] / dense[part] for part in ("encoder", "greedy")}
+    result = result | {"machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}"} | old
+    run.write(RESULTS / "latency.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
 def unseen(folder: Path) -> None:

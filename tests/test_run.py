@@ -421,10 +421,9 @@ def quick(penalty: str, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """By penalty, the folder of a run of 3 + 3 steps on one thread that was never interrupted."""
-    folder = tmp_path_factory.mktemp("runs")
-    for penalty in ("none", "loss"):
-        assert ended(in_child(quick(penalty, folder / penalty))) == 0
-    return {penalty: folder / penalty for penalty in ("none", "loss")}
+    folders = {penalty: tmp_path_factory.mktemp("runs") / penalty for penalty in ("none", "loss")}
+    assert [*map(ended, [in_child(quick(*run)) for run in folders.items()])] == [0, 0]         # at the same time
+    return folders
 
 
 def kill_at(call: int):
@@ -439,20 +438,23 @@ def kill_at(call: int):
     run.backward = counted
 
 
-@pytest.mark.parametrize("penalty, first, n_phases", [("none", 2, 5), ("loss", 3, 6)])
-def test_killed_in_every_phase_and_resumed(penalty, first, n_phases, uninterrupted, tmp_path):
-    """Each time the run has come two steps further it is killed, in every phase: the end is the same, bit for bit."""
-    arguments = quick(penalty, tmp_path / "out")
-    assert ended(in_child(arguments, lambda: kill_at(first))) == -signal.SIGKILL
-    phases = set()
+def test_killed_in_every_phase_and_resumed(uninterrupted, tmp_path):
+    """Each time a run has come two steps further it is killed, in every phase: the end is the same, bit for bit. Two
+    runs side by side: the second has a penalty, so a phase more."""
+    runs = {penalty: quick(penalty, tmp_path / penalty) for penalty in uninterrupted}
+    phases = {penalty: set() for penalty in runs}
+    children = [in_child(runs["none"], lambda: kill_at(2)), in_child(runs["loss"], lambda: kill_at(3))]
+    assert [*map(ended, children)] == [-signal.SIGKILL] * 2
     for _ in range(20):
-        phases |= {path.name for path in (tmp_path / "out/state").glob("*.pt")}
-        code = ended(in_child([*arguments, "--resume"], lambda: kill_at(3)))
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-    assert len(phases) == n_phases and same_bits(uninterrupted[penalty], tmp_path / "out")
-    assert not (tmp_path / "out/state").exists()
+        for penalty in runs:
+            phases[penalty] |= {path.name for path in (tmp_path / penalty / "state").glob("*.pt")}
+        children = {penalty: in_child([*flags, "--resume"], lambda: kill_at(3)) for penalty, flags in runs.items()}
+        codes = {penalty: ended(pid) for penalty, pid in children.items()}
+        assert {*codes.values()} <= {0, -signal.SIGKILL}
+        runs = {penalty: flags for penalty, flags in runs.items() if codes[penalty]}
+    assert not runs and [*map(len, phases.values())] == [5, 6]
+    for penalty, folder in uninterrupted.items():
+        assert same_bits(folder, tmp_path / penalty) and not (tmp_path / penalty / "state").exists()
 
 
 def test_no_partial_file_after_random_kills(uninterrupted, tmp_path):
@@ -570,13 +572,14 @@ def keep_curvature() -> None:
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     """torchrun with two gloo processes of 4 clips ends with the weights and curvature of one process with 8, and its report."""
     flags = [*GENTLE, "--importance", "curvature", "--penalty", "loss"]
-    assert ended(in_child([*flags, "--batch", "8", "--out", str(tmp_path / "one")], keep_curvature)) == 0
     (tmp_path / "both.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport run\nimport test_run\n"
                                       "run.CALIBRATION, run.announce, run.flops.measure = 40, lambda *_: None, test_run.unmeasured\n"
                                       "test_run.keep_curvature()\nsys.exit(run.main(sys.argv[1:]))\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "both.py")]
-    subprocess.run([*torchrun, *flags, "--batch", "4", "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
-                   capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with subprocess.Popen([*torchrun, *flags, "--batch", "4", "--out", str(tmp_path / "two")], cwd=ROOT,
+                          stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as two:
+        one = in_child([*flags, "--batch", "8", "--out", str(tmp_path / "one")], keep_curvature)
+        assert ended(one) == two.wait(200) == 0
     for name, apart, flipped in (("dense", 1e-5, 0), ("tspar", 1e-4, 10)):         # refit_ solves parts of it anew
         one, two = weights(tmp_path / "one" / f"{name}.pt"), weights(tmp_path / "two" / f"{name}.pt")
         more = sum(((one[key] - two[key]).abs() > apart).sum().item() for key in one)
