@@ -1,7 +1,8 @@
 """What the rooms cost, measured: python tests/bench.py sgl | prune | normalize | data
 
-Times are medians of runs taken in turns (A, B, A, B, ...), so that a busy minute falls on all alike; what counts is their
-ratio. Models have random weights in the shapes of Whisper-base and Whisper-small: cost does not depend on values.
+Times are medians of runs taken in turns (A, B, A, B, ...), so that a busy minute falls on all alike; what counts is
+their ratio. Models have random weights in the shapes of Whisper-base and Whisper-small: cost does not depend on
+values.
 """
 import argparse
 import copy
@@ -49,11 +50,13 @@ def in_turns(repeats: int, *calls, device: str = "cpu") -> list[float]:
 
 def sgl() -> None:
     """Ratios, and what they should not exceed: the closed gradient to autograd's (0.5), bytes it holds to the largest
-    matrix (2), prox_ to an AdamW step (1), a training step on one clip of 30 s with the penalty to one without (1.05): by parts,
-    as the penalty's time beside a plain step's, and measured whole, which swings by more than that on a busy machine."""
+    matrix (2), prox_ to an AdamW step (1), a training step on one clip of 30 s with the penalty to one without (1.05):
+    by parts, as the penalty's time beside a plain step's, and measured whole, which swings by more than that on a busy
+    machine."""
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"sgl on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        print("shapes groups   gradient/backward  ms  bytes  prox/AdamW  ms   step by parts: gradient prox  whole: gradient prox")
+        print("shapes groups   gradient/backward  ms  bytes  prox/AdamW  ms   step by parts: gradient prox  "
+              "whole: gradient prox")
         for name, dims in {"base": BASE, "small": SMALL}.items():
             model = Whisper(dims).to(device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
@@ -66,12 +69,12 @@ def sgl() -> None:
                 a, b = in_turns(7, add, lambda: penalty.penalty().backward(), device=device)
                 c, d = in_turns(7, prox, optimizer.step, device=device)
                 largest = max(w.numel() * w.element_size() for group in groups.values() for w, _ in group)
-                row = (f"{name:<7}{kind:<9}{a / b:6.2f}{1e3 * a:8.0f}/{1e3 * b:<6.0f}{held(add, device) / largest:6.2f}"
-                       f"{c / d:8.2f}{1e3 * c:7.0f}/{1e3 * d:<5.0f}")
+                row = (f"{name:<7}{kind:<9}{a / b:6.2f}{1e3 * a:8.0f}/{1e3 * b:<6.0f}"
+                       f"{held(add, device) / largest:6.2f}{c / d:8.2f}{1e3 * c:7.0f}/{1e3 * d:<5.0f}")
                 if name == "small":
                     plain, with_gradient, with_prox = training_steps(model, optimizer, add, prox, device)
-                    row += (f"{1 + a / plain:17.3f}{1 + c / plain:8.3f}{with_gradient / plain:14.3f}{with_prox / plain:8.3f}"
-                            f"   ({plain:.2f} s)")
+                    row += (f"{1 + a / plain:17.3f}{1 + c / plain:8.3f}{with_gradient / plain:14.3f}"
+                            f"{with_prox / plain:8.3f}   ({plain:.2f} s)")
                 print(row, flush=True)
 
 
@@ -123,7 +126,8 @@ def planted(dims: ModelDimensions) -> Whisper:
 def decide_and_remove() -> None:
     """Run in a process of its own: prints seconds to decide, seconds to remove, GiB above the model (Linux)."""
     model = planted(SMALL)
-    status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 2 ** 20
+    status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status")
+                              if line.startswith(key)) / 2 ** 20
     torch.randn(512, 512) @ torch.randn(512, 512)
     ctypes.CDLL(None).malloc_trim(0)                     # what planting left behind is not ours
     Path("/proc/self/clear_refs").write_text("5")        # VmHWM starts again from here
@@ -136,7 +140,8 @@ def decide_and_remove() -> None:
 
 def prune() -> None:
     """Small's shapes: seconds and memory to prune, then the speed of what is left against what its FLOPs allow."""
-    runs = [subprocess.run([sys.executable, __file__, "decide_and_remove"], capture_output=True, text=True, check=True).stdout
+    runs = [subprocess.run([sys.executable, __file__, "decide_and_remove"], capture_output=True, text=True,
+                           check=True).stdout
             for _ in range(5)]
     decide, remove, memory = zip(*[map(float, run.split()) for run in runs])
     print(f"small, {torch.get_num_threads()} threads, medians of 5: decide {statistics.median(decide):.2f} s, remove "
@@ -145,25 +150,28 @@ def prune() -> None:
     small = copy.deepcopy(dense)
     plan = pruner.two_pass(small, z2=None)
     pruner.remove_(small, plan)
-    print("removed {:,} of {:,} block parameters ({:.1%})".format(*plan.removed(), plan.removed()[0] / plan.removed()[1]))
+    print("removed {:,} of {:,} block parameters ({:.1%})".format(*plan.removed(),
+                                                                  plan.removed()[0] / plan.removed()[1]))
     print("batch part     dense s  pruned s  speed-up  by FLOPs  share")
     for batch in (1, 8):
         a, b = counter.measure([dense, small], torch.randn(batch, 80, 3000), repeats=5 if batch == 1 else 3)
         for part, work in (("encoder", counter.encoder), ("greedy", lambda model: counter.greedy(model, 4, 24))):
             faster, allowed = a[f"{part}_seconds"] / b[f"{part}_seconds"], work(dense) / work(small)
-            print(f"{batch:5} {part:<9}{a[f'{part}_seconds']:7.2f}{b[f'{part}_seconds']:10.2f}{faster:10.2f}{allowed:10.2f}"
-                  f"{faster / allowed:7.2f}", flush=True)
+            print(f"{batch:5} {part:<9}{a[f'{part}_seconds']:7.2f}{b[f'{part}_seconds']:10.2f}{faster:10.2f}"
+                  f"{allowed:10.2f}{faster / allowed:7.2f}", flush=True)
 
 
 # ---- normalize
 
 def normalize() -> None:
-    """Megabytes of UTF-8 sentences a second on one core: the sample sentences and those of mini_hi, each once a pass."""
+    """Megabytes of UTF-8 sentences a second on one core: the sample sentences and those of mini_hi, each once a
+    pass."""
     sentences = []
     for table in sorted((ROOT / "tests/data").glob("*/*.tsv")):
         with open(table, encoding="utf8", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            sentences += [row.get("sentence") or row.get("reference") for row in rows if row.get("sentence") or row.get("reference")]
+            sentences += [row.get("sentence") or row.get("reference") for row in rows if row.get("sentence")
+                          or row.get("reference")]
     size = sum(len(sentence.encode()) for sentence in sentences) / 1e6
     seconds, = in_turns(9, lambda: [normalize_hi(sentence) for sentence in sentences])
     print(f"normalize: {len(sentences):,} sentences, {size:.2f} MB, {size / seconds:.1f} MB/s")

@@ -1,20 +1,20 @@
 """Make tests/data/mini_hi: everyday Hindi sentences spoken by espeak-ng, in Common Voice's folder layout.
 
-    python tests/make_mini_hi.py                                    # needs the espeak-ng program (apt install espeak-ng); about 2 minutes
+    python tests/make_mini_hi.py                                    # needs espeak-ng (apt); about 2 minutes
     python tests/make_mini_hi.py --voice en --out runs/mini_en      # English by the same rules; not shipped
 
     train.tsv  1,400 clips   11 voices x 2 settings of pitch and speed
     dev.tsv      240 clips   80 by the same voices, 160 by two heard nowhere else
     test.tsv     240 clips   half by the same voices, half by two others heard nowhere else
 
-A template grammar gives sentences of 3-7 words from about 160 word forms. Every sentence is drawn once, so none of dev or
-test stands in train. It is then written the way people write: numbers as words or as digits, words with two accepted
-spellings in either, with danda, question mark and commas. What was said does not settle how it is written, so
+A template grammar gives sentences of 3-7 words from about 160 word forms. Every sentence is drawn once, so none of dev
+or test stands in train. It is then written the way people write: numbers as words or as digits, words with two
+accepted spellings in either, with danda, question mark and commas. What was said does not settle how it is written, so
 the word error rate means something only after normalization: that is what the corpus is for.
 
-The speech is synthetic. A model that reads it well has learned espeak-ng's Hindi, not people's. English is there to see
-whether what holds of the one language holds of another: its own grammar, 14 templates, as many clips, the same voices.
-The same espeak-ng and libsndfile give the same bytes: made with espeak-ng 1.51, libsndfile 1.2.2.
+The speech is synthetic. A model that reads it well has learned espeak-ng's Hindi, not people's. English is there to
+see whether what holds of the one language holds of another: its own grammar, 14 templates, as many clips, the same
+voices. The same espeak-ng and libsndfile give the same bytes: made with espeak-ng 1.51, libsndfile 1.2.2.
 """
 import argparse
 import csv
@@ -32,8 +32,10 @@ import soundfile
 DATA = Path(__file__).parent / "data"
 SPLITS = [("train", 1400, "heard"), ("dev", 80, "heard"), ("test", 240, "half"), ("dev", 160, "unheard")]
 MAX_SECONDS, MAX_TOKENS = 2.95, 60
-VOICES = ["", *(f"+m{i}" for i in (1, 2, 3, 4, 5, 7)), *(f"+f{i}" for i in (1, 2, 3, 4))]       # espeak-ng's variants of a voice
-UNHEARD = {"test": ["+m6", "+f5"], "dev": ["+m8", "+linda"]}      # what is chosen on dev is not chosen for test's voices
+# espeak-ng's variants of a voice
+VOICES = ["", *(f"+m{i}" for i in (1, 2, 3, 4, 5, 7)), *(f"+f{i}" for i in (1, 2, 3, 4))]
+# what is chosen on dev is not chosen for test's voices
+UNHEARD = {"test": ["+m6", "+f5"], "dev": ["+m8", "+linda"]}
 SETTINGS = [(45, 165), (58, 185)]                 # espeak-ng's pitch (0-99) and speed (words a minute)
 
 HE = ["राम", "मोहन", "राहुल", "अमित", "मेरा भाई", "उसका दोस्त", "वह लड़का"]
@@ -65,7 +67,8 @@ def hindi(rng: random.Random) -> list[str]:
     many_m, many_f = rng.choice(THINGS_M), rng.choice(THINGS_F)
     a, b = rng.sample(NAMES, 2)
     here, there = rng.sample(PLACE, 2)
-    good_m, good_f = rng.choice([("अच्छा", "अच्छी"), ("नया", "नई"), ("पुराना", "पुरानी"), ("सुंदर", "सुंदर"), ("बड़ा", "बड़ी")])
+    good_m, good_f = rng.choice([("अच्छा", "अच्छी"), ("नया", "नई"), ("पुराना", "पुरानी"), ("सुंदर", "सुंदर"),
+                                 ("बड़ा", "बड़ी")])
     language = rng.choice(LANGUAGE)
     return rng.choice([
         f"{he} {time} {place} जाता है ।", f"{she} {time} {place} जाती है ।",
@@ -78,10 +81,12 @@ def hindi(rng: random.Random) -> list[str]:
         f"{masc[1]} {a_m} {place} में है ।", f"{fem[1]} {a_f} {place} में है ।",
         f"{here} {there} से बहुत दूर है ।", f"{here} {there} के पास है ।",
         f"{a} और {b} {place} में हैं ।", f"आप {time} {place} क्यों जा रहे हैं ?",
-        f"हम {time} {place} में {eat} खाएँगे ।", f"{a} ने {number} {many_m} खरीदे ।", f"{b} ने {number} {many_f} खरीदीं ।",
+        f"हम {time} {place} में {eat} खाएँगे ।", f"{a} ने {number} {many_m} खरीदे ।",
+        f"{b} ने {number} {many_f} खरीदीं ।",
         f"{masc[1]} {a_m} बहुत {good_m} है ।", f"{fem[1]} {a_f} बहुत {good_f} है ।",
         f"{she} कल {place} गई थी ।", f"{he} कल {place} गया था ।",
-        f"क्या आप {language} बोलते हैं ?", f"{a} {place} में {language} पढ़ाती है ।" if a in SHE else f"{a} {place} में {language} पढ़ाता है ।",
+        f"क्या आप {language} बोलते हैं ?",
+        f"{a} {place} में {language} पढ़ाती है ।" if a in SHE else f"{a} {place} में {language} पढ़ाता है ।",
         f"{place} में {number} बड़े पेड़ हैं ।", f"कृपया {rng.choice([a_m, a_f])} {place} में रखिए ।",
         f"आज {place} में पानी बहुत ठंडा है ।", f"{he} {number} बजे सोता है ।", f"{she} {number} बजे उठती है ।",
     ]).split()
@@ -106,15 +111,19 @@ def english(rng: random.Random) -> list[str]:
     count, cost = rng.choice([*COUNT]), rng.choice([*COST])
     return rng.choice([
         f"{a} is going to the {here} {time} .", f"{a} likes {food} and {drink} .", f"{b} drinks {drink} {time} .",
-        f"{a} bought {count} {thing}s {time} .", f"this {thing} costs {cost} dollars .", f"{a} and {b} are at the {here} .",
-        f"is {a} at the {here} {time} ?", f"the {here} is near the {there} .", f"we eat {food} at the theatre {time} .",
-        f"my favourite {thing} is at the {here} .", f"the {thing} has a grey colour .", f"come to the {here} at {count} .",
+        f"{a} bought {count} {thing}s {time} .", f"this {thing} costs {cost} dollars .",
+        f"{a} and {b} are at the {here} .",
+        f"is {a} at the {here} {time} ?", f"the {here} is near the {there} .",
+        f"we eat {food} at the theatre {time} .",
+        f"my favourite {thing} is at the {here} .", f"the {thing} has a grey colour .",
+        f"come to the {here} at {count} .",
         f"I do not see {count} {thing}s .", f"it is far from the {here} to the {there} .",
     ]).split()
 
 
 # --voice: language of Whisper, grammar, numbers that may be written as digits, spellings that may be exchanged
-LANGUAGES = {"hi": ("hi", hindi, {**NUMBER, **PRICE}, SPELLINGS), "en": ("en", english, {**COUNT, **COST}, EN_SPELLINGS)}
+LANGUAGES = {"hi": ("hi", hindi, {**NUMBER, **PRICE}, SPELLINGS),
+             "en": ("en", english, {**COUNT, **COST}, EN_SPELLINGS)}
 
 
 def write(words: list[str], numbers: dict[str, int], spellings: dict[str, str], rng: random.Random) -> str:
@@ -133,7 +142,8 @@ def write(words: list[str], numbers: dict[str, int], spellings: dict[str, str], 
 
 
 def speak(text: str, voice: str, pitch: int, speed: int) -> np.ndarray:
-    """espeak-ng's samples at 16 kHz, float64 in -1..1. It speaks 22,050 Hz: drop the spectrum above 8 kHz and go back."""
+    """espeak-ng's samples at 16 kHz, float64 in -1..1. It speaks 22,050 Hz: drop the spectrum above 8 kHz and go
+    back."""
     command = ["espeak-ng", "-v", voice, "-p", str(pitch), "-s", str(speed), "--stdout", text]
     samples, rate = soundfile.read(io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout))
     n = round(len(samples) * 16000 / rate)
@@ -170,7 +180,8 @@ def make(voice: str, folder: Path) -> None:
         rows = []
         while len(rows) < size:
             spoken = grammar(rng)
-            if " ".join(spoken) in seen or not 3 <= len([w for w in spoken if w not in "।?,."]) <= 7 + (language == "en"):
+            n_words = len([w for w in spoken if w not in "।?,."])
+            if " ".join(spoken) in seen or not 3 <= n_words <= 7 + (language == "en"):
                 continue
             written = write(spoken, numbers, spellings, rng)
             unheard = voices == "unheard" or voices == "half" and len(rows) % 2

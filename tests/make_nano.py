@@ -3,14 +3,15 @@
     python tests/make_nano.py                                                                         # 1,800 steps
     python tests/make_nano.py --data runs/mini_en --language en --out runs/nano_en.pt                 # English
 
-It is a stock openai-whisper checkpoint ({"dims", "model_state_dict"}): whisper.load_model reads it, whisper.decode decodes with
-it. Its window is 3 s instead of 30, its width 128, its vocabulary the full multilingual one, so everything that
-works on nano works on Whisper-small by the same code. What it knows is mini_hi: synthetic speech, 160 words.
+It is a stock openai-whisper checkpoint ({"dims", "model_state_dict"}): whisper.load_model reads it, whisper.decode
+decodes with it. Its window is 3 s instead of 30, its width 128, its vocabulary the full multilingual one, so
+everything that works on nano works on Whisper-small by the same code. What it knows is mini_hi: synthetic speech, 160
+words.
 
-Two things make it learn in minutes. An auxiliary CTC loss on the encoder (thrown away afterwards): without it, attention
-takes far longer to align audio and text. And the vocabulary is cut to what occurs (prune.vocabulary_), so that the
-softmax costs 1,900 rows instead of 51,865; prune.expand brings the others back as rows that never win. (The nano.pt that
-lies here had one row, trained with the others, for all tokens that never occur.)
+Two things make it learn in minutes. An auxiliary CTC loss on the encoder (thrown away afterwards): without it,
+attention takes far longer to align audio and text. And the vocabulary is cut to what occurs (prune.vocabulary_), so
+that the softmax costs 1,900 rows instead of 51,865; prune.expand brings the others back as rows that never win. (The
+nano.pt that lies here had one row, trained with the others, for all tokens that never occur.)
 """
 import argparse
 import math
@@ -43,7 +44,8 @@ def fresh(clips: Clips, seed: int) -> whisper.model.Whisper:
     return prune.vocabulary_(model, {token for row in clips.tokens for token in row})
 
 
-def train(model: whisper.model.Whisper, clips: Clips, steps: int, seed: int, lr: float = 3e-3, batch: int = 16) -> None:
+def train(model: whisper.model.Whisper, clips: Clips, steps: int, seed: int, lr: float = 3e-3,
+          batch: int = 16) -> None:
     """AdamW (0.9, 0.98), 100 steps of warm-up, cosine down to 2%, gradients clipped to 1."""
     rng, settings = np.random.default_rng(seed), Settings(device="cpu", precision="fp32")
     row_of, n_rows = model.decoder.row_of, len(model.decoder.kept_ids)

@@ -122,7 +122,8 @@ def wer(normalizer, pairs):
 
 
 def main():
-    pairs = [line.split("\t") for line in Path(sys.argv[1]).read_text(encoding="utf8").splitlines()] if sys.argv[1:] else []
+    pairs = [line.split("\t")
+             for line in Path(sys.argv[1]).read_text(encoding="utf8").splitlines()] if sys.argv[1:] else []
     print(f"{'':37s} {'version':>10s} {'merged':>7s} {'kept':>6s} {'numbers':>7s} {'errors':>6s} {'raised':>6s}"
           + "    WER" * bool(pairs))
     skipped = []

@@ -1,10 +1,11 @@
-"""Rehearse the real run: random weights in OpenAI's file format, a Common Voice folder of mp3, two steps of every phase.
+"""Rehearse the real run: random weights in OpenAI's file format, a Common Voice folder of mp3, two steps of every
+phase.
 
     python tests/rehearse.py                    # small's dimensions, minutes on a CPU
     python tests/rehearse.py medium 16 --device cuda --window 10          # size, clips a step, flags of run.py
 
-Nothing is learned; what must hold is that everything loads, trains, stops, resumes, prunes, scores and saves. Prints what the
-steps took, the peak of memory, and how fast clips are decoded, which a training step must not outrun.
+Nothing is learned; what must hold is that everything loads, trains, stops, resumes, prunes, scores and saves. Prints
+what the steps took, the peak of memory, and how fast clips are decoded, which a training step must not outrun.
 """
 import argparse
 import os
@@ -42,7 +43,8 @@ def checkpoint(path: Path, size: str) -> Path:
 
 
 def common_voice(folder: Path, rows: int = 3) -> Path:
-    """A folder as Common Voice unpacks it: 48 kHz mp3, tab-separated tables with all their columns, a lone quotation mark."""
+    """A folder as Common Voice unpacks it: 48 kHz mp3, tab-separated tables with all their columns, a lone quotation
+    mark."""
     (folder / "clips").mkdir(parents=True)
     lines = (MINI / "test.tsv").read_text(encoding="utf8").split("\n")[: rows + 1]
     for line in lines[1:]:
@@ -50,7 +52,8 @@ def common_voice(folder: Path, rows: int = 3) -> Path:
         samples, _ = soundfile.read(MINI / "clips" / name)
         spectrum = np.zeros(3 * len(samples) // 2 + 1, complex)
         spectrum[: len(samples) // 2 + 1] = np.fft.rfft(samples)
-        soundfile.write(folder / "clips" / name.replace(".ogg", ".mp3"), 3 * np.fft.irfft(spectrum, 3 * len(samples)), 48000)
+        soundfile.write(folder / "clips" / name.replace(".ogg", ".mp3"), 3 * np.fft.irfft(spectrum, 3 * len(samples)),
+                        48000)
     sentence = lines[1].split("\t")[2]
     lines[1] = lines[1].replace(sentence, '"' + sentence)
     for split in ("train", "dev", "test", "validated"):
@@ -60,7 +63,8 @@ def common_voice(folder: Path, rows: int = 3) -> Path:
 
 def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
     """Two steps of every phase, interrupted in the third step of training, and resumed. Returns OUT."""
-    arguments = ["--model", str(checkpoint(folder / f"{size}.pt", size)), "--data", str(common_voice(folder / "cv")), "--steps", "2",
+    arguments = ["--model", str(checkpoint(folder / f"{size}.pt", size)), "--data", str(common_voice(folder / "cv")),
+                 "--steps", "2",
                  "--recovery-steps", "2", "--batch", str(batch), "--out", str(folder / "out"), *flags]
     backward, decoding, seconds = run.backward, run.decoding, []
 
@@ -73,7 +77,8 @@ def rehearse(size: str, folder: Path, batch: int, flags: list[str]) -> Path:
         seconds.append(time.perf_counter() - started)
         return loss
     run.backward = timed
-    run.decoding = lambda *given: run.replace(decoding(*given), sample_len=2)         # random weights would never come to an end
+    # random weights would never come to an end
+    run.decoding = lambda *given: run.replace(decoding(*given), sample_len=2)
     try:
         assert run.main(arguments) == 130, "interrupted"
         assert run.main([*arguments, "--resume"]) == 0, "resumed to the end"
@@ -97,10 +102,14 @@ def main() -> None:
         started = time.perf_counter()
         for i in range(20):
             clips[i % len(clips), 0, i]
-        print(f"decoding, resampling, log-mel, augmentation: {(time.perf_counter() - started) / 20 * 1000:.0f} ms a clip of "
+        print("decoding, resampling, log-mel, augmentation: "
+              f"{(time.perf_counter() - started) / 20 * 1000:.0f} ms a clip of "
               f"{soundfile.info(clips.paths[0]).duration:.1f} s in one process, {torch.get_num_threads()} threads")
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak memory {peak / 1e9:.2f} GB on {'the GPU' if torch.cuda.is_available() else f'{os.cpu_count()} cores'}")
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak, where = resident, f"{os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        peak, where = torch.cuda.max_memory_allocated(), "the GPU"
+    print(f"peak memory {peak / 1e9:.2f} GB on {where}")
 
 
 if __name__ == "__main__":

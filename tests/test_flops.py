@@ -196,18 +196,20 @@ def test_uneven_memory_by_hand():
 
 
 def cut(model: Whisper, rows: int) -> Whisper:
-    """Its vocabulary cut to so many rows; those that prune.vocabulary_ keeps by itself, 256 + 1608 of multilingual, count."""
+    """Its vocabulary cut to so many rows; those that prune.vocabulary_ keeps by itself, 256 + 1608 of multilingual,
+    count."""
     own = set(range(256)) | set(range(50257, model.dims.n_vocab))
     ids = (i for i in range(model.dims.n_vocab) if i not in own)
     return prune.vocabulary_(model, [0, *(next(ids) for _ in range(rows - len(own)))])
 
 
 def test_cut_vocabulary_by_hand():
-    """Tiny with 2,000 rows of 51,865: 384 parameters and 2 * 384 FLOPs a position less for each row that is gone. Logits: 2,000
-    in float32 and their spread over 51,865; in training, whose loss takes the rows left, 2,000."""
+    """Tiny with 2,000 rows of 51,865: 384 parameters and 2 * 384 FLOPs a position less for each row that is gone.
+    Logits: 2,000 in float32 and their spread over 51,865; in training, whose loss takes the rows left, 2,000."""
     torch.manual_seed(0)
     whole = Whisper(DIMS["tiny"])
-    less = [flops.decoder(whole, 27), flops.greedy(whole, 4, 24), flops.training(whole, 27), flops.parameters(whole)["embedding"],
+    less = [flops.decoder(whole, 27), flops.greedy(whole, 4, 24), flops.training(whole, 27),
+            flops.parameters(whole)["embedding"],
             flops.training_memory(whole, 27, 2)]
     model, gone = cut(whole, 2000), 49_865
     assert less[0] - flops.decoder(model, 27) == less[1] - flops.greedy(model, 4, 24) == 2 * 27 * 384 * gone
@@ -504,8 +506,8 @@ def within_5_percent(model: Whisper, batch: int) -> None:
 
 @linux_only
 def test_high_water_of_a_known_size():
-    """Three arrays of 48 MB, never more than two at once, are 96 MB, whatever the warm-up took before; the kernel's own count
-    of resident pages may lag by some 0.2 MB."""
+    """Three arrays of 48 MB, never more than two at once, are 96 MB, whatever the warm-up took before; the kernel's
+    own count of resident pages may lag by some 0.2 MB."""
     megabytes = iter([96, 48])
 
     def call():
@@ -545,7 +547,8 @@ def test_high_water_beside_garbage():
 
 @linux_only
 def test_high_water_beside_what_the_warm_up_frees():
-    """A kept buffer of 4 MB that the first call gives back, as kernels do that need another, is no room for the next."""
+    """A kept buffer of 4 MB that the first call gives back, as kernels do that need another, is no room for the
+    next."""
     torch.ones(5 * 10**6)                               # glibc takes blocks up to the largest it freed from the heap
     buffers = [torch.ones(10**6) for _ in range(2)]
     above = buffers.pop()                               # so that the other's place becomes a hole
@@ -584,7 +587,8 @@ def test_peak_activations_of_a_cut_vocabulary():
 
 @linux_only
 def test_peak_of_a_prompt_without_fused_attention(monkeypatch):
-    """Tiny of 3,000 tokens after a prompt of 200: cross-attention writes 6 heads of 200 x 1,500 scores, more than logits."""
+    """Tiny of 3,000 tokens after a prompt of 200: cross-attention writes 6 heads of 200 x 1,500 scores, more than
+    logits."""
     monkeypatch.setattr(MultiHeadAttention, "use_sdpa", False)
     torch.manual_seed(0)
     model = Whisper(replace(DIMS["tiny"], n_vocab=3000))
@@ -597,8 +601,8 @@ def test_peak_of_a_prompt_without_fused_attention(monkeypatch):
 
 @pytest.mark.parametrize("width, bytes_per_value, batch", [(None, 4, 1), (48, 4, 2), (None, 2, 1)])
 def test_training_memory_against_what_autograd_keeps(width, bytes_per_value, batch):
-    """Every different tensor that a forward pass of tiny, whole or with narrow layers, saves for backward: within 1% in float32;
-    under autocast within 10%, as LayerNorm keeps float32."""
+    """Every different tensor that a forward pass of tiny, whole or with narrow layers, saves for backward: within 1%
+    in float32; under autocast within 10%, as LayerNorm keeps float32."""
     torch.manual_seed(0)
     model = Whisper(DIMS["tiny"])
     for block in [model.encoder.blocks[1], model.decoder.blocks[2]] if width else []:
@@ -607,7 +611,8 @@ def test_training_memory_against_what_autograd_keeps(width, bytes_per_value, bat
             attn.query, attn.key, attn.value = Linear(384, width), Linear(384, width), Linear(384, width)
             attn.out = Linear(width, 384)
     torch.nn.init.zeros_(model.decoder.positional_embedding)
-    own, kept = {p.untyped_storage().data_ptr() for p in [*model.parameters(), model.encoder.positional_embedding, model.decoder.mask]}, {}
+    own, kept = {p.untyped_storage().data_ptr()
+                 for p in [*model.parameters(), model.encoder.positional_embedding, model.decoder.mask]}, {}
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor
@@ -626,17 +631,21 @@ def test_training_memory_against_what_autograd_keeps(width, bytes_per_value, bat
 
 
 def test_bench_holds_what_measure_and_the_formulas_say(monkeypatch):
-    """One line a batch and part, in 80 columns: ratios of what was measured beside ratios of FLOPs, peaks beside memory()."""
+    """One line a batch and part, in 80 columns: ratios of what was measured beside ratios of FLOPs, peaks beside
+    memory()."""
     torch.manual_seed(0)
     dense, small = Whisper(TOY), Whisper(ModelDimensions(2, 3, 4, 1, 1, 5, 6, 4, 1, 1))
     small.encoder.blocks[0].mlp[0], small.encoder.blocks[0].mlp[2] = Linear(4, 8), Linear(8, 4)
     row = {"encoder_seconds": 0.2, "greedy_seconds": 0.3, "encoder_peak": 5 * 10 ** 6, "greedy_peak": None}
     monkeypatch.setattr(flops, "measure", lambda models, mel: [row, row | {"encoder_seconds": 0.1}])
     monkeypatch.setattr(flops, "greedy", lambda model, *_: 3)
-    monkeypatch.setattr(flops, "memory", lambda *_, **__: {"encoder_fused": 4 * 10 ** 6, "kv_cache": 10 ** 6, "decoder_fused": 10 ** 6})
+    monkeypatch.setattr(flops, "memory",
+                        lambda *_, **__: {"encoder_fused": 4 * 10 ** 6, "kv_cache": 10 ** 6, "decoder_fused": 10 ** 6})
     lines = [*flops.bench(dense, small, batches=(8,))]
-    assert lines[2].split() == f"8 encoder 200.0 100.0 2.00 ({flops.encoder(dense) / flops.encoder(small):.2f}) 5.0 ( 4.0) 5.0 ( 4.0)".split()
-    assert lines[3].split() == "8 greedy 300.0 300.0 1.00 (1.00) nan ( 2.0) nan ( 2.0)".split() and max(map(len, lines)) <= 80
+    ratio = f"({flops.encoder(dense) / flops.encoder(small):.2f})"
+    assert lines[2].split() == f"8 encoder 200.0 100.0 2.00 {ratio} 5.0 ( 4.0) 5.0 ( 4.0)".split()
+    assert lines[3].split() == "8 greedy 300.0 300.0 1.00 (1.00) nan ( 2.0) nan ( 2.0)".split()
+    assert max(map(len, lines)) <= 80
 
 
 def test_measure_does_the_work_that_greedy_counts(monkeypatch):

@@ -37,8 +37,8 @@ def make(dims: ModelDimensions = SMALL, seed: int = 0) -> Whisper:
 
 
 def uniform(model: Whisper, fraction: float, per_layer: bool = False, multiple: int = 8) -> prune.Plan:
-    """Baseline: the `fraction` of units with the smallest n_j, over the model or in each layer and kind, evened as two_pass
-    does. ValueError if fraction is not in [0, 1)."""
+    """Baseline: the `fraction` of units with the smallest n_j, over the model or in each layer and kind, evened as
+    two_pass does. ValueError if fraction is not in [0, 1)."""
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}; give a number from 0 up to, but not including, 1")
     plan = prune.two_pass(model, z2=None, multiple=multiple)
@@ -105,8 +105,8 @@ def both(model: Whisper, plan: prune.Plan) -> tuple[Whisper, Whisper]:
 
 @torch.no_grad()
 def constant(model: Whisper, values: dict[str, list[float]]) -> Whisper:
-    """Sets every entry of group j to plus or minus values[name][j] (1 if not named), so that n_j is that number. With one sign
-    for all, a layer would sum up what LayerNorm has centred: zero but for rounding."""
+    """Sets every entry of group j to plus or minus values[name][j] (1 if not named), so that n_j is that number. With
+    one sign for all, a layer would sum up what LayerNorm has centred: zero but for rounding."""
     for name, group in prune.units(model).items():
         n = torch.tensor(values.get(name, [1.0] * len(group[0][0])))
         for p, axis in group:
@@ -210,7 +210,8 @@ def test_decision_against_plain_loops(seed):
     pools = {"encoder": [], "decoder": []}
     for name, group in prune.units(model).items():
         for j in range(len(group[0][0])):
-            entries = np.concatenate([p.detach().numpy().astype(np.float64).take(j, axis).ravel() for p, axis in group])
+            entries = np.concatenate([p.detach().numpy().astype(np.float64).take(j, axis).ravel()
+                                      for p, axis in group])
             n = np.sqrt((entries ** 2).sum()) / np.sqrt(entries.size)
             assert plan.norms[name][j].item() == pytest.approx(n, rel=1e-5)
             pools[name[:7]].append(n)
@@ -255,7 +256,8 @@ CASES = {
         name: [s % a.n_head] for name, a in attentions(m).items() if a.n_head > 1}),
     "one head left": lambda m, s: weaken_heads(m, {name: range(1, a.n_head) for name, a in attentions(m).items()}),
 }
-PLANS = [(False, dict(z2=-1.0)), (False, dict(z1=0.3, z2=-0.5, multiple=1)), (False, dict(z1=-1.0, z2=None, multiple=4)),
+PLANS = [(False, dict(z2=-1.0)), (False, dict(z1=0.3, z2=-0.5, multiple=1)),
+         (False, dict(z1=-1.0, z2=None, multiple=4)),
          (True, dict(z1=0.3, z2=-0.5))]              # True: groups are columns
 
 
@@ -423,7 +425,8 @@ def test_decode(speech, options):
     masked, removed = speech
     mel = inputs(masked)[0][:1 if "beam_size" in options else 2]     # whisper's beam search takes one clip
     for stamps in (True, False):
-        settings = whisper.DecodingOptions(language="hi", fp16=False, sample_len=20, without_timestamps=stamps, **options)
+        settings = whisper.DecodingOptions(language="hi", fp16=False, sample_len=20, without_timestamps=stamps,
+                                           **options)
         for a, b in zip(whisper.decode(removed, mel, settings), whisper.decode(masked, mel, settings)):
             assert a.tokens == b.tokens and len(set(a.tokens)) > 2
             assert a.avg_logprob == pytest.approx(b.avg_logprob, abs=1e-4)
@@ -437,7 +440,8 @@ def test_key_value_cache(speech):
     for model in speech:
         audio = model.encoder(mel)
         cache, hooks = model.install_kv_cache_hooks()
-        steps = torch.cat([model.decoder(tokens[:, t:t + 1], audio, kv_cache=cache) for t in range(tokens.shape[1])], 1)
+        steps = torch.cat([model.decoder(tokens[:, t:t + 1], audio, kv_cache=cache) for t in range(tokens.shape[1])],
+                          1)
         for hook in hooks:
             hook.remove()
         assert difference(steps, model.decoder(tokens, audio)) < 1e-5
@@ -450,7 +454,8 @@ def test_transcribe_with_word_timestamps(monkeypatch):
     """model.transcribe(word_timestamps=True): the words and times of the masked model."""
     for name in ("dtw_cpu", "backtrace"):               # plain Python is enough here; compiling takes 10 s
         monkeypatch.setattr(whisper.timing, name, getattr(whisper.timing, name).py_func)
-    model = weaken(make(replace(SPEECH, n_audio_ctx=1500, n_audio_state=32, n_text_state=32, n_text_head=4), 5), 0.3, 5)
+    model = weaken(make(replace(SPEECH, n_audio_ctx=1500, n_audio_state=32, n_text_state=32, n_text_head=4), 5), 0.3,
+                   5)
     weaken_heads(model, {"decoder.blocks.1.cross_attn": [0, 2], "decoder.blocks.0.cross_attn": [1]})
     audio = np.random.default_rng(0).standard_normal(16000 * 3).astype(np.float32)
     masked, removed = both(model, prune.two_pass(model, multiple=4))
@@ -465,13 +470,16 @@ def test_transcribe_with_word_timestamps(monkeypatch):
 
 # ------------------------------------------------------------------ fewer ids, shorter windows
 
-OWN = {*range(256), *range(50257, 51865)}               # single bytes, specials, timestamps of the multilingual vocabulary
+# single bytes, specials, timestamps of the multilingual vocabulary
+OWN = {*range(256), *range(50257, 51865)}
 
 
 def transcripts(model: Whisper, **options) -> list[tuple]:
-    """Tokens and mean log-probability of one clip: greedy, with timestamps and without, and by beam; the language found."""
+    """Tokens and mean log-probability of one clip: greedy, with timestamps and without, and by beam; the language
+    found."""
     mel = inputs(model)[0][:1]
-    results = [whisper.decode(model, mel, whisper.DecodingOptions(language="hi", fp16=False, sample_len=20, **options, **more))[0]
+    results = [whisper.decode(model, mel,
+                              whisper.DecodingOptions(language="hi", fp16=False, sample_len=20, **options, **more))[0]
                for more in (dict(), dict(without_timestamps=True), dict(beam_size=5))]
     return [(r.tokens, r.avg_logprob, r.no_speech_prob) for r in results] + [whisper.detect_language(model, mel)[1]]
 
@@ -485,7 +493,8 @@ def cut() -> tuple[Whisper, Whisper, list[int]]:
 
 
 def test_vocabulary_by_hand():
-    """A model with 300 ids, the bytes 0 to 255 among them: 270 and 260 stay besides, in rows 256 and 257, in the order of ids."""
+    """A model with 300 ids, the bytes 0 to 255 among them: 270 and 260 stay besides, in rows 256 and 257, in the order
+    of ids."""
     model = make()
     small = prune.vocabulary_(copy.deepcopy(model), [270, 260, 270, 7])
     old, new = model.decoder.token_embedding, small.decoder.token_embedding
@@ -509,7 +518,8 @@ def test_vocabulary_keeps_what_whisper_needs(cut):
 
 
 def test_logits_of_a_cut_vocabulary(cut):
-    """Those of the ids that stay are the same, the others -inf; kept_logits has the former only, in the order of kept_ids."""
+    """Those of the ids that stay are the same, the others -inf; kept_logits has the former only, in the order of
+    kept_ids."""
     model, small, _ = cut
     mel, tokens = inputs(model)
     ids = small.decoder.kept_ids
@@ -519,7 +529,8 @@ def test_logits_of_a_cut_vocabulary(cut):
         kept = small.decoder.kept_logits(tokens, small.encoder(mel))
     assert found.shape == expected.shape and found.dtype == torch.float32
     assert difference(found[..., ids], expected[..., ids]) < 1e-5
-    assert (found[..., small.decoder.row_of < 0] == -math.inf).all() and found.isinf().sum() == 2 * 9 * (51865 - len(ids))
+    assert (found[..., small.decoder.row_of < 0] == -math.inf).all()
+    assert found.isinf().sum() == 2 * 9 * (51865 - len(ids))
     assert torch.equal(kept, found[..., ids])
 
 
@@ -533,7 +544,8 @@ def test_training_on_kept_logits(cut):
         small.zero_grad()
         audio = small.encoder(mel)
         out = small.decoder(tokens[:, :-1], audio) if full else small.decoder.kept_logits(tokens[:, :-1], audio)
-        loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), (tokens if full else rows(tokens))[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(out.flatten(0, 1),
+                                                 (tokens if full else rows(tokens))[:, 1:].flatten())
         loss.backward()
         losses.append(loss.item())
         grads.append([p.grad.clone() for p in small.parameters()])
@@ -542,8 +554,9 @@ def test_training_on_kept_logits(cut):
 
 
 def test_transcripts_of_a_cut_vocabulary(cut):
-    """Greedy: the tokens of the whole model. Beam too: the whole model's with suppress_tokens=gone (what is gone is no rival any
-    more, so a beam may find better). All to the same log-probability, and the languages found are equally likely."""
+    """Greedy: the tokens of the whole model. Beam too: the whole model's with suppress_tokens=gone (what is gone is no
+    rival any more, so a beam may find better). All to the same log-probability, and the languages found are equally
+    likely."""
     model, small, _ = cut
     gone = (small.decoder.row_of < 0).nonzero().flatten().tolist()
     whole, found, suppressed = transcripts(model), transcripts(small), transcripts(model, suppress_tokens=[-1, *gone])
@@ -557,11 +570,13 @@ def test_a_prompt_whose_row_is_gone(cut):
     """An id without a row cannot be read: ValueError, which names it."""
     gone = (cut[1].decoder.row_of < 0).nonzero()[0].item()
     with pytest.raises(ValueError, match=rf"ids \[{gone}\] have no row"):
-        whisper.decode(cut[1], inputs(cut[1])[0], whisper.DecodingOptions(language="hi", prompt=[gone, 65], fp16=False))
+        whisper.decode(cut[1], inputs(cut[1])[0],
+                       whisper.DecodingOptions(language="hi", prompt=[gone, 65], fp16=False))
 
 
 def test_a_cut_model_is_a_model(cut, tmp_path):
-    """Copied, saved and loaded, given another's weights, in half and double precision: the same logits, the same transcripts."""
+    """Copied, saved and loaded, given another's weights, in half and double precision: the same logits, the same
+    transcripts."""
     model, small, ids = cut
     prune.save(small, tmp_path / "cut.pt")
     assert (tmp_path / "cut.pt").stat().st_size < 0.2 * sum(4 * p.numel() for p in model.parameters())
@@ -574,15 +589,16 @@ def test_a_cut_model_is_a_model(cut, tmp_path):
     with torch.no_grad():
         reference = small.decoder.kept_logits(tokens, small.encoder(mel))
         for cast, close in ((torch.float16, 0.02), (torch.float64, 1e-5)):
-            found = copy.deepcopy(small).to(cast).apply(lambda m: m.float() if isinstance(m, torch.nn.LayerNorm) else m)
+            found = copy.deepcopy(small).to(cast).apply(lambda m: m.float() if isinstance(m, torch.nn.LayerNorm)
+                                                        else m)
             found = found(mel.to(cast), tokens)
             assert difference(found[..., small.decoder.kept_ids].to(reference), reference) < close
             assert found.isinf().sum() == 2 * 5 * (51865 - reference.shape[-1]) and not found.isnan().any()
 
 
 def test_expanded_vocabulary(cut, tmp_path):
-    """whisper.load_model reads the expanded file; rows that are gone have one logit, 100 below all others, in half precision too:
-    the same tokens, by beam too, as likely as before."""
+    """whisper.load_model reads the expanded file; rows that are gone have one logit, 100 below all others, in half
+    precision too: the same tokens, by beam too, as likely as before."""
     model, small, ids = cut
     prune.save(prune.expand(small), tmp_path / "stock.pt")
     stock = whisper.load_model(str(tmp_path / "stock.pt"), "cpu")
@@ -605,7 +621,8 @@ def test_untrained_norm_has_no_losing_row():
 
 
 def test_vocabulary_and_removal_in_either_order(cut):
-    """Cut, then planned and removed, or the reverse, or planned before and removed after: one function; and all else takes it."""
+    """Cut, then planned and removed, or the reverse, or planned before and removed after: one function; and all else
+    takes it."""
     model, small, ids = cut
     model = weaken(copy.deepcopy(model), 0.5)
     plan = prune.two_pass(model)
@@ -627,19 +644,21 @@ def test_vocabulary_twice():
     model = make()
     small = prune.vocabulary_(prune.vocabulary_(copy.deepcopy(model), [260, 270, 280]), [280])
     assert small.decoder.kept_ids.tolist() == [*range(256), 280]
-    assert torch.equal(small.decoder.token_embedding.weight, model.decoder.token_embedding.weight[small.decoder.kept_ids])
+    assert torch.equal(small.decoder.token_embedding.weight,
+                       model.decoder.token_embedding.weight[small.decoder.kept_ids])
     with pytest.raises(ValueError, match=r"tokens to keep are \[270\]"):
         prune.vocabulary_(small, [280, 270])
 
 
 def test_transcribe_with_a_cut_vocabulary(monkeypatch):
-    """model.transcribe(word_timestamps=True): the words and times of the whole model, from the ids that it decodes (some of which
-    whisper decodes, drops and decodes again in the next window)."""
+    """model.transcribe(word_timestamps=True): the words and times of the whole model, from the ids that it decodes
+    (some of which whisper decodes, drops and decodes again in the next window)."""
     for name in ("dtw_cpu", "backtrace"):
         monkeypatch.setattr(whisper.timing, name, getattr(whisper.timing, name).py_func)
     model = make(replace(SPEECH, n_audio_ctx=1500, n_audio_state=32, n_text_state=32, n_text_head=4), 5)
     audio = np.random.default_rng(0).standard_normal(16000 * 3).astype(np.float32)
-    settings = dict(word_timestamps=True, temperature=0.0, fp16=False, sample_len=24, no_speech_threshold=None, logprob_threshold=None,
+    settings = dict(word_timestamps=True, temperature=0.0, fp16=False, sample_len=24, no_speech_threshold=None,
+                    logprob_threshold=None,
                     compression_ratio_threshold=None)
     small, decoded = copy.deepcopy(model), []
     model.decode = lambda mel, options: (decoded.append(whisper.decode(model, mel, options)), decoded[-1])[1]
@@ -647,12 +666,14 @@ def test_transcribe_with_a_cut_vocabulary(monkeypatch):
     prune.vocabulary_(small, {t for result in decoded for t in result.tokens})
     found = small.transcribe(audio, **settings)
     assert found["text"] == expected["text"] and found["language"] == expected["language"]
-    times = [[(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]] for result in (expected, found)]
+    times = [[(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]]
+             for result in (expected, found)]
     assert times[0] == times[1] and len({start for _, start, _ in times[0]}) > 1
 
 
 def test_window_by_hand(tmp_path):
-    """0.5 s of a model of one second are 25 positions and a mel of 50 frames; dims are its own; a file and stock whisper agree."""
+    """0.5 s of a model of one second are 25 positions and a mel of 50 frames; dims are its own; a file and stock
+    whisper agree."""
     model = make(SPEECH, 3)
     short = prune.window_(copy.deepcopy(model), 0.5)
     assert short.dims == replace(SPEECH, n_audio_ctx=25) and model.dims == SPEECH
@@ -669,8 +690,9 @@ def test_window_by_hand(tmp_path):
 
 
 def test_window_of_what_is_heard():
-    """Each position is the one it was: an encoder without attention, cut to 0.4 s, gives the first 20 of 50 positions, but for the
-    last, whose convolution looks one frame ahead. 0.419 s are no more than 20 positions, 0.58 s 29, whatever 50 * 0.58 is."""
+    """Each position is the one it was: an encoder without attention, cut to 0.4 s, gives the first 20 of 50 positions,
+    but for the last, whose convolution looks one frame ahead. 0.419 s are no more than 20 positions, 0.58 s 29,
+    whatever 50 * 0.58 is."""
     model = make(SPEECH, 3)
     for block in model.encoder.blocks:
         torch.nn.init.zeros_(block.attn.out.weight)
@@ -683,14 +705,17 @@ def test_window_of_what_is_heard():
 
 
 def test_word_times_in_a_window(monkeypatch):
-    """find_alignment on a window of 2 of 3 seconds: times are those of positions, 50 a second, none past what was said."""
+    """find_alignment on a window of 2 of 3 seconds: times are those of positions, 50 a second, none past what was
+    said."""
     for name in ("dtw_cpu", "backtrace"):
         monkeypatch.setattr(whisper.timing, name, getattr(whisper.timing, name).py_func)
     model = prune.window_(make(replace(SPEECH, n_audio_ctx=150), 5), 2)
     seen = []
-    monkeypatch.setattr(whisper.timing, "dtw", lambda matrix: (seen.append(matrix.shape), (np.arange(matrix.shape[0]), 10 * np.arange(matrix.shape[0])))[1])
+    steps = lambda matrix: (seen.append(matrix.shape), np.arange(len(matrix)), 10 * np.arange(len(matrix)))[1:]
+    monkeypatch.setattr(whisper.timing, "dtw", steps)
     tokenizer = whisper.tokenizer.get_tokenizer(True, language="en")
-    words = whisper.timing.find_alignment(model, tokenizer, tokenizer.encode(" one two three"), torch.randn(80, 200), 200)
+    words = whisper.timing.find_alignment(model, tokenizer, tokenizer.encode(" one two three"), torch.randn(80, 200),
+                                          200)
     assert [(w.start, w.end) for w in words[:3]] == [(0.0, 0.2), (0.2, 0.4), (0.4, 0.6)] and seen[0][1] == 100
 
 
@@ -899,7 +924,8 @@ def test_not_a_model_with_values(tmp_path):
     for block in meta.encoder.blocks:
         block.to("meta")
     calls = [prune.units, prune.two_pass, prune.expand, lambda m: uniform(m, 0.5), lambda m: prune.mask_(m, plan),
-             lambda m: prune.remove_(m, plan), lambda m: prune.magnitude_(m, 0.5), lambda m: prune.save(m, tmp_path / "x")]
+             lambda m: prune.remove_(m, plan), lambda m: prune.magnitude_(m, 0.5),
+             lambda m: prune.save(m, tmp_path / "x")]
     for call in calls:
         with pytest.raises(ValueError, match="whisper.model.Whisper is needed, not a Linear"):
             call(torch.nn.Linear(2, 2))
@@ -926,14 +952,16 @@ def test_checkpoints_that_are_none(tmp_path):
     prune.save(model, tmp_path / "good.pt")
     good, path = torch.load(tmp_path / "good.pt", weights_only=True), tmp_path / "bad.pt"
     whole = (tmp_path / "good.pt").read_bytes()
-    for content in (b"", b"hello", b"not a checkpoint at all\n" * 9, np.random.default_rng(0).bytes(5000), whole[:-1000],
+    for content in (b"", b"hello", b"not a checkpoint at all\n" * 9, np.random.default_rng(0).bytes(5000),
+                    whole[:-1000],
                     whole[:len(whole) // 2], whole[:10]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="bad.pt"):
             prune.load(path)
     without = lambda part: {k: v for k, v in good.items() if k != part}
     state = dict(good["model_state_dict"])
-    wrong = [[1, 2], torch.zeros(3), {}, {"dims": 3, "model_state_dict": {}}, without("dims"), without("model_state_dict"),
+    wrong = [[1, 2], torch.zeros(3), {}, {"dims": 3, "model_state_dict": {}}, without("dims"),
+             without("model_state_dict"),
              without("heads"), {**good, "dims": {**good["dims"], "n_mels": 70}}, {**good, "dims": {"n_mels": 80}},
              {**good, "model_state_dict": {k: v for k, v in state.items() if "blocks.1.mlp.0" not in k}},
              {**good, "model_state_dict": {**state, "surplus": torch.zeros(1)}},
@@ -966,7 +994,8 @@ def test_bad_vocabularies_and_windows():
             prune.window_(model, seconds)
     with pytest.raises(ValueError, match="seconds is True"):
         prune.window_(make(SPEECH), True)                # one second, were it a number
-    assert before.keys() == model.state_dict().keys() and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys() and all(torch.equal(before[k], v)
+                                                              for k, v in model.state_dict().items())
     assert type(model.decoder) is whisper.model.TextDecoder and model.dims == SMALL
 
 
@@ -981,25 +1010,31 @@ HIDDEN = {
     "prune.remove": lambda b: torch_prune.l1_unstructured(b.attn.query, "weight", 0.5),
     "prune.remove first": lambda b: torch_prune.random_unstructured(b.mlp_ln, "bias", 0.5),
     "remove_parametrizations": lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp[2]),
-    "parametrize.remove_parametrizations first": lambda b: torch.nn.utils.parametrizations.orthogonal(b.cross_attn.out),
+    "parametrize.remove_parametrizations first":
+        lambda b: torch.nn.utils.parametrizations.orthogonal(b.cross_attn.out),
     "remove_weight_norm": lambda b: torch.nn.utils.weight_norm(b.mlp[0]),
     "untie": lambda b: setattr(b.cross_attn.query, "weight", b.attn.query.weight),
     "untie weights": lambda b: setattr(b, "cross_attn", b.attn),
     "load float": lambda b: setattr(b.attn, "key", torch.ao.nn.quantized.dynamic.Linear(64, 64)),
-    "load float weights": lambda b: setattr(b.mlp[0], "weight", torch.nn.Parameter(torch.zeros(256, 64, dtype=torch.int8), False)),
+    "load float weights": lambda b: setattr(b.mlp[0], "weight",
+                                            torch.nn.Parameter(torch.zeros(256, 64, dtype=torch.int8), False)),
     "merge what wraps": lambda b: setattr(b.attn, "value", wrapped(b.attn.value)),
-    "merge what wraps the layer": lambda b: b.mlp[0].register_parameter("lora_A", torch.nn.Parameter(torch.zeros(2, 64)))}
+    "merge what wraps the layer": lambda b: b.mlp[0].register_parameter("lora_A",
+                                                                        torch.nn.Parameter(torch.zeros(2, 64)))}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("remedy", HIDDEN)
 def test_weights_that_something_hides(remedy, tmp_path):
-    """Masks not yet removed, parametrizations, shared and quantized weights, adapters: the remedy is named, nothing is cut."""
+    """Masks not yet removed, parametrizations, shared and quantized weights, adapters: the remedy is named, nothing is
+    cut."""
     model = make()
     plan = prune.two_pass(model)
     HIDDEN[remedy](model.decoder.blocks[1])
-    for call in (prune.units, prune.two_pass, prune.expand, prune.zeros, lambda m: prune.mask_(m, plan), lambda m: prune.remove_(m, plan),
-                 lambda m: prune.magnitude_(m, 0.5), lambda m: prune.vocabulary_(m, [1]), lambda m: prune.save(m, tmp_path / "x")):
+    for call in (prune.units, prune.two_pass, prune.expand, prune.zeros, lambda m: prune.mask_(m, plan),
+                 lambda m: prune.remove_(m, plan),
+                 lambda m: prune.magnitude_(m, 0.5), lambda m: prune.vocabulary_(m, [1]),
+                 lambda m: prune.save(m, tmp_path / "x")):
         with pytest.raises(ValueError, match=rf"^decoder.blocks.1\..*{remedy}"):
             call(model)
     assert os.listdir(tmp_path) == []
@@ -1010,7 +1045,8 @@ def test_the_remedies_work():
     model = make()
     linear = model.encoder.blocks[0].mlp[0]
     torch_prune.l1_unstructured(linear, "weight", 0.5), torch_prune.remove(linear, "weight")
-    torch.nn.utils.parametrizations.orthogonal(linear), torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    torch.nn.utils.parametrizations.orthogonal(linear), torch.nn.utils.parametrize.remove_parametrizations(linear,
+                                                                                                           "weight")
     masked, removed = both(model, prune.two_pass(model, z1=0.2))
     assert difference(logits(removed), logits(masked)) < 1e-5
 
@@ -1023,7 +1059,8 @@ def test_wrapped_models():
 
 
 def test_old_files_and_prefixes(tmp_path):
-    """torch's format before 1.6, and names behind what wrappers put before them: the same model, code still not run."""
+    """torch's format before 1.6, and names behind what wrappers put before them: the same model, code still not
+    run."""
     model = weaken(make(), 0.5)
     prune.remove_(model, prune.two_pass(model, columns(model)))
     prune.save(model, tmp_path / "new.pt")
@@ -1033,7 +1070,8 @@ def test_old_files_and_prefixes(tmp_path):
         torch.save({**new, "model_state_dict": state}, path, _use_new_zipfile_serialization=prefix == "module.")
         assert torch.equal(logits(prune.load(path)), logits(model))
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    alien = [b"not a checkpoint at all\n" * 9, rng.bytes(5000), *(whole[:n] for n in (0, 10, 1000, *rng.integers(0, len(whole) - 1, 20)))]
+    alien = [b"not a checkpoint at all\n" * 9, rng.bytes(5000),
+             *(whole[:n] for n in (0, 10, 1000, *rng.integers(0, len(whole) - 1, 20)))]
     for content in alien:
         path.write_bytes(content)
         with pytest.raises(ValueError, match="^.*old.pt is no Whisper checkpoint .*prune.save") as e:
@@ -1046,16 +1084,22 @@ def test_old_files_and_prefixes(tmp_path):
 
 
 def test_names_that_do_not_fit(tmp_path):
-    """Half of the names behind a prefix, masks, another's names, other shapes: how many, and the first three, in one line."""
+    """Half of the names behind a prefix, masks, another's names, other shapes: how many, and the first three, in one
+    line."""
     model, path = make(), tmp_path / "odd.pt"
     prune.save(model, path)
     good = torch.load(path, weights_only=True)
     state = good["model_state_dict"]
-    for odd, says in (({("module." if "encoder" in k else "") + k: v for k, v in state.items()}, "encoder.blocks.0.attn"),
-                      ({k.replace("mlp.0.weight", "mlp.0.weight_orig"): v for k, v in state.items()}, "blocks.0.mlp.0.weight"),
-                      ({f"model.{k}".replace("blocks", "layers"): v for k, v in state.items()}, "decoder.blocks.0.attn.key.weight"),
-                      ({**state, "encoder.conv1.weight": torch.zeros(2, 2)}, r"\(ValueError: 1 names .*encoder.conv1.weight\)"),
-                      ({**state, "extra.one": torch.zeros(1), "extra.two": torch.zeros(1)}, r"2 names .*extra.one, extra.two")):
+    for odd, says in (({("module." if "encoder" in k else "") + k: v for k, v in state.items()},
+                       "encoder.blocks.0.attn"),
+                      ({k.replace("mlp.0.weight", "mlp.0.weight_orig"): v for k, v in state.items()},
+                       "blocks.0.mlp.0.weight"),
+                      ({f"model.{k}".replace("blocks", "layers"): v for k, v in state.items()},
+                       "decoder.blocks.0.attn.key.weight"),
+                      ({**state, "encoder.conv1.weight": torch.zeros(2, 2)},
+                       r"\(ValueError: 1 names .*encoder.conv1.weight\)"),
+                      ({**state, "extra.one": torch.zeros(1), "extra.two": torch.zeros(1)},
+                       r"2 names .*extra.one, extra.two")):
         torch.save({**good, "model_state_dict": odd}, path)
         with pytest.raises(ValueError, match=says) as e:
             prune.load(path)

@@ -173,7 +173,8 @@ def test_scale_multiplies_all_four():
         sgl.add_gradient_()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         sgl.prox_(optimizer)
-        results.append([torch.tensor(value)] + [x for w in net.parameters() for x in (w.detach(), w.grad) if x is not None])
+        results.append([torch.tensor(value)]
+                       + [x for w in net.parameters() for x in (w.detach(), w.grad) if x is not None])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     net, sgl = model_and_penalty(**strengths)
@@ -298,7 +299,8 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory(dtype):
     """No more than the largest matrix once in float32 at a time, so at most twice it, and the grads it has."""
-    group = [(nn.Parameter(torch.ones(shape, dtype=dtype)), axis) for shape, axis in (((800, 200), 0), ((200, 800), 1))]
+    group = [(nn.Parameter(torch.ones(shape, dtype=dtype)), axis)
+             for shape, axis in (((800, 200), 0), ((200, 800), 1))]
     sgl = tspar.SparseGroupLasso({"encoder.w": group}, 0.1, 0, 0.1, 0)
     optimizer = torch.optim.AdamW([w for w, _ in group])
     sgl.add_gradient_()
@@ -701,7 +703,8 @@ def test_docstring_example_alone_in_an_empty_folder(tmp_path):
 
 @pytest.mark.parametrize("relative, factor", [(True, 10), (False, 1)])
 def test_relative_strengths_follow_the_gradient(relative, factor):
-    """Ten times the loss: what the penalty adds to .grad is ten times as much where strengths are relative, else the same."""
+    """Ten times the loss: what the penalty adds to .grad is ten times as much where strengths are relative, else the
+    same."""
     added = []
     for times in (1, 10):
         net = nn.Linear(6, 4, dtype=torch.float64)
@@ -726,8 +729,9 @@ def test_relative_penalty_is_what_its_gradient_says():
 
 
 def test_relative_strengths_without_a_gradient():
-    """None to measure by: refused, as the strengths would be absolute. One that overflowed, in a step that a GradScaler
-    skips: no penalty, no NaN. In half precision the sum of squares does not overflow. A frozen side asks for none."""
+    """None to measure by: refused, as the strengths would be absolute. One that overflowed, in a step that a
+    GradScaler skips: no penalty, no NaN. In half precision the sum of squares does not overflow. A frozen side asks
+    for none."""
     net, frozen = nn.Linear(6, 4), nn.Linear(6, 4).requires_grad_(False)
     groups = {"encoder.x": [(net.weight, 1)], "decoder.x": [(frozen.weight, 1)]}
     sgl = tspar.SparseGroupLasso(groups, 1, 1, 1, 1, relative=True)
@@ -754,7 +758,8 @@ def test_computed_members_are_refused():
 
 
 def test_relative_strength_of_one_by_hand():
-    """Strength 1 on single weights adds the root mean square of the side's gradient: (1, 7) has 5, and other sides do not count."""
+    """Strength 1 on single weights adds the root mean square of the side's gradient: (1, 7) has 5, and other sides do
+    not count."""
     a, b = (nn.Parameter(torch.tensor([[3.0, -4.0]])) for _ in range(2))
     a.grad, b.grad = torch.tensor([[1.0, 7.0]]), torch.tensor([[100.0, 100.0]])
     sgl = tspar.SparseGroupLasso({"encoder.a": [(a, 1)], "decoder.b": [(b, 1)]}, 1, 0, 0, 0, relative=True)
