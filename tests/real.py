@@ -133,13 +133,46 @@ def fewer_layers(model: torch.nn.Module, **_) -> None:
 
 
 def taylor(model: torch.nn.Module, train: run.Clips, s: run.Settings, share: float = 0.35) -> None:
-    """Molchanov et al. 2019, as Torch-Pruning's GroupTaylorImportance: a group is worth the sum of its (w g)^2, g the
-    gradient of the loss of 96 clips. That is n_j^2 with g^2 as the curvature."""
+    """Molchanov et al. 2019: a group is worth the sum of its (w g)^2, g the gradient of the loss of 96 clips, in one
+    pool over the model. That is n_j^2 with g^2 as the curvature."""
     loader, n_targets = run.steps_of(train, replace(s, steps=1, batch=8, accumulate=12), 0)
     run.backward(model, loader, n_targets[0], replace(s, accumulate=12))
     squares = {name: p.grad.square() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     prune.remove_(model, prune.two_pass(model, z2=None, floor=0, curvature=squares, share=share))
+
+
+def torch_pruning(model: torch.nn.Module, train: run.Clips, s: run.Settings, scorer: str, share: float = 0.35) -> None:
+    """Dependency graph and scorer of Torch-Pruning 1.6.1 (pip install --no-deps --target DIR torch-pruning==1.6.1,
+    and PYTHONPATH=DIR) on the gradients of 96 clips, one by one; all layers ranked at once, each divided by its mean.
+    Its graph takes dimension j of an attention as one group, row j of query, key, value and column j of out. By hand:
+    what it does not know of heads (one width, n_head, the query's scale), and the mean of squared gradients for its
+    Hessian scorer, whose accumulate_grad, keyed by names here and by tensors there, keeps the last clip's alone."""
+    import torch_pruning as library
+    scorer, dims = getattr(library.importance, scorer)(), model.dims
+    mel, ids = torch.zeros(1, dims.n_mels, 2 * dims.n_audio_ctx), torch.zeros(1, 4, dtype=torch.long)
+    graph = library.DependencyGraph().build_dependency(
+        model, {"mel": mel, "tokens": ids}, unwrapped_parameters=[(model.decoder.positional_embedding, 1)])
+    some, squares = np.random.default_rng(s.seed).permutation(len(train))[:96].tolist(), {}
+    model.zero_grad()
+    for i, batch in zip(some, run.batches(train, s, [(i,) for i in some], 1)):
+        (run.objective(model, batch, s) / train.n_targets(i)).backward()
+        if hasattr(scorer, "accumulate_grad"):
+            squares = {p: p.grad.square() + squares.get(p, 0) for p in model.parameters() if p.grad is not None}
+            model.zero_grad()
+    for p, square in squares.items():
+        p.grad = square / len(some)
+    norms = {}
+    for name in prune.units(model):
+        layer = model.get_submodule(prune._members(name)[0][0].removesuffix(".weight"))
+        group = graph.get_pruning_group(layer, library.prune_linear_out_channels, [*range(layer.out_features)])
+        norms[name] = scorer(group).double()
+    model.zero_grad()
+    base = replace(prune.two_pass(model, z2=None), norms=norms)
+    def plan(cut: float) -> prune.Plan:
+        cuts = dict.fromkeys(norms, cut)
+        return replace(base, cuts=cuts, keep=prune._even(model, norms, cuts, 8))
+    prune.remove_(model, prune.target(share, plan, 0.0, 5.0))
 
 
 def paper(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
@@ -153,6 +186,8 @@ def paper(model: torch.nn.Module, train: run.Clips, s: run.Settings) -> None:
 
 
 RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "Taylor, 50%": partial(taylor, share=0.5),
+          "Torch-Pruning's Taylor, 35%": partial(torch_pruning, scorer="GroupTaylorImportance"),
+          "Torch-Pruning's Hessian, 35%": partial(torch_pruning, scorer="GroupHessianImportance"),
           "L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers,
           "IMP, 35% zeros": partial(iterative, share=0.35), "IMP, 50% zeros": iterative,
           "IMP, 65% zeros": partial(iterative, share=0.65)}
@@ -397,10 +432,11 @@ def penalty_table() -> str:
 
 def vocabularies() -> str:
     """What a smaller vocabulary costs: after the first phase, so nothing is removed but embedding rows."""
-    tuned = lambda name: results(RESULTS / f"{name}.json")["tuned"]
+    tuned = lambda name: results(RESULTS / f"{name}.json").get("tuned")
     early, full = results(RESULTS / "vocabulary.json"), "hi_kokoro-{}-vocabulary-full"
-    hindi = {kind: [(tuned(name.format(seed)), tuned(full.format(seed))) for seed in range(3)] for kind, name in
+    hindi = {kind: [(tuned(name.format(seed)), tuned(full.format(seed))) for seed in range(6)] for kind, name in
              {"data": "hi_kokoro-{}", "letters": "hi_kokoro-{}-vocabulary-letters"}.items()}
+    hindi = {kind: [pair for pair in pairs if all(pair)] for kind, pairs in hindi.items()}      # data: three seeds
     rows = [("English, data, embedding trained", 0, [(early["data"], early["full"])]),
             ("English, letters", 0, [(tuned("so762-0-vocabulary-letters"), tuned("so762-0"))]),
             *((f"Hindi, {kind}", seed, [pair]) for kind, pairs in hindi.items() for seed, pair in enumerate(pairs)),
