@@ -49,7 +49,8 @@ def test_figures_in_the_text_are_stored():
     assert f"the {lacking / (lacking + had):.0%} of its words" in text
     for data in ("so762", "hi_kokoro"):
         assert rows["distilled"][data]["wer"] > rows[f"{data}-0"]["50%"]["wer"]
-    for rival, said in (("fewer layers", "less than fewer layers"), ("Taylor, 35%", "points less WER than Taylor")):
+    for rival, said in (("fewer layers", "less than fewer layers"), ("Taylor, 35%", "points less WER than Taylor"),
+                        ("Torch-Pruning's Taylor, 35%", "less than Torch-Pruning")):
         less, low, high = distance("so762-0", rival, "35%")
         assert f"{less:.1f} {said} ({low:.1f} to {high:.1f}" in text
     assert "half gone: {:.1f}, {:.1f} to {:.1f})".format(*distance("so762-0", "Taylor, 50%", "50%")) in text
@@ -63,7 +64,8 @@ def test_figures_in_the_text_are_stored():
     cells = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
     (*_, letters, _), *_, (*_, mean), (*_, spelled) = cells
     assert f"loses nothing ({letters}, {rows['so762-0']['tuned']['wer']:.1f}% without)" in text
-    said = f"Hindi loses {mean.strip('+').replace(' (', ' points (')}, with letters {spelled.strip('+')}."
+    mean, spelled = (cell.replace("-0.0 (", "0.0 (").strip("+").rstrip(")") for cell in (mean, spelled))
+    said = f"Hindi loses {mean.replace(' (', ' points (')}; five seeds), with letters {spelled})."
     assert said in text
     nano = [row for row in rows["nano-seeds"] if row["steps"] == "300 + 1000"]
     dense, tspar = ([row[f"{name} test"] for row in nano] for name in ("dense", "tspar"))

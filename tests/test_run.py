@@ -778,7 +778,7 @@ def test_rehearsal_on_tiny(tmp_path, monkeypatch):
     try:
         out = rehearse("tiny", tmp_path, 1,
                        ["--limit", "1", "--workers", "0", "--steps", "1", "--recovery-steps", "1", "--window", "3",
-                                            "--precision", "fp32", "--target", "0"])
+                        "--precision", "fp32", "--target", "0"])
     finally:
         torch.set_num_threads(1)
     rows = json.loads((out / "report.json").read_text(encoding="utf8"))["models"]
