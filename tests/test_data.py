@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import torch
 import whisper
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
@@ -198,8 +199,9 @@ def test_a_hole_is_refused_when_it_is_read(tmp_path, kind, change):
         run.read_audio(sound(tmp_path / "x.bin", kind, partial(hole, change)))
 
 
-def test_a_hole_met_by_a_decoding_process_is_one_sentence(tmp_path):
+def test_a_hole_met_by_a_decoding_process_is_one_sentence(tmp_path, monkeypatch):
     """The DataLoader brings the error from its process with a traceback; the user gets the sentence."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)       # for the process to leave
     folder = data(tmp_path, "path→sentence\na.wav→नमस्ते\n")
     sound(folder / "clips/a.wav", "flac", partial(hole, bytes))
     clips, s = read(folder), run.Settings(workers=1, device="cpu")
