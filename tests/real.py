@@ -115,13 +115,13 @@ def iterative(model: torch.nn.Module, train: run.Clips, s: run.Settings, share: 
     run.iterative_magnitude(model, train, s, share * flops.parameters(model)["blocks"] / weights)
 
 
-def layer_by_layer(model: torch.nn.Module, **_) -> None:
+def layer_by_layer(model: torch.nn.Module, share: float = 0.35, **_) -> None:
     """What one would write first: of every matrix the same share of the smallest norms."""
     norms = prune.two_pass(model, z2=None).norms
-    def plan(share: float) -> prune.Plan:
-        cuts = {name: n.quantile(min(1.0, max(0.0, share))).item() for name, n in norms.items()}
+    def plan(part: float) -> prune.Plan:
+        cuts = {name: n.quantile(min(1.0, max(0.0, part))).item() for name, n in norms.items()}
         return replace(prune.two_pass(model, z2=None), cuts=cuts, keep=prune._even(model, norms, cuts, 8))
-    prune.remove_(model, prune.target(0.35, plan, 0.0, 0.9))
+    prune.remove_(model, prune.target(share, plan, 0.0, 0.9))
 
 
 def fewer_layers(model: torch.nn.Module, **_) -> None:
@@ -189,7 +189,8 @@ RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "Taylor, 50%
           "Torch-Pruning's Taylor, 35%": partial(torch_pruning, scorer="GroupTaylorImportance"),
           "Torch-Pruning's Taylor, 50%": partial(torch_pruning, scorer="GroupTaylorImportance", share=0.5),
           "Torch-Pruning's Hessian, 35%": partial(torch_pruning, scorer="GroupHessianImportance"),
-          "L2 layer by layer, 35%": layer_by_layer, "fewer layers": fewer_layers,
+          "L2 layer by layer, 35%": layer_by_layer,
+          "L2 layer by layer, 50%": partial(layer_by_layer, share=0.5), "fewer layers": fewer_layers,
           "IMP, 35% zeros": partial(iterative, share=0.35), "IMP, 50% zeros": iterative,
           "IMP, 65% zeros": partial(iterative, share=0.65)}
 
@@ -372,7 +373,7 @@ def seeds() -> str:
     return "\n".join(lines)
 
 
-MORE = ("Torch-Pruning's Taylor, 50%", "Torch-Pruning's Hessian, 35%", "IMP, 35% zeros",
+MORE = ("Torch-Pruning's Taylor, 50%", "Torch-Pruning's Hessian, 35%", "L2 layer by layer, 50%", "IMP, 35% zeros",
         "IMP, 65% zeros")                            # rivals that README leaves out
 
 
