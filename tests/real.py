@@ -496,7 +496,7 @@ def tradeoff() -> None:
     at = {arm: (sum(times[f"so762-0 {arm}"][part] for part in ("encoder", "greedy")), rows[arm]["wer"],
                 np.abs(np.subtract(rows[arm]["wer_ci95"], rows[arm]["wer"]))) for arm in rows
           if f"so762-0 {arm}" in times and arm not in (PASS_2, *MORE) and rows[arm]["wer"] < 50}
-    far = [f"{arm} ({rows[arm]['wer']:.0f}%)" for arm in RIVALS if arm in rows and rows[arm]["wer"] >= 50]
+    far = [f"{arm} ({rows[arm]['wer']:.0f}%)" for arm in RIVALS if arm not in MORE and rows[arm]["wer"] > 50]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     tspar_arms = [arm for arm in ("dense", *(f"{share:.0%}" for share in (0.2, *ARMS))) if arm in at]
     for color, drawn in (("C0", tspar_arms), ("C1", [arm for arm in RIVALS if arm in at])):

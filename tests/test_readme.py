@@ -53,6 +53,7 @@ def test_figures_in_the_text_are_stored():
                         ("Torch-Pruning's Taylor, 35%", "less than Torch-Pruning")):
         less, low, high = distance("so762-0", rival, "35%")
         assert f"{less:.1f} {said} ({low:.1f} to {high:.1f}" in text
+    assert "it breaks base: {:.1f}%".format(rows["so762-0"]["Torch-Pruning's Taylor, 50%"]["wer"]) in text
     assert "half gone: {:.1f}, {:.1f} to {:.1f})".format(*distance("so762-0", "Taylor, 50%", "50%")) in text
     assert "in Hindi {:.1f} less ({:.1f} to {:.1f})".format(*distance("hi_kokoro-0", "IMP, 50% zeros", "50%")) in text
     more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
