@@ -21,6 +21,7 @@ def between(mark: str) -> str:
 
 @pytest.mark.parametrize("mark, made", [("real", real.table), ("seeds", real.seeds), ("rivals", real.rivals),
                                         ("claims", real.claims), ("arms", real.own_arms), ("hindi", real.hindi_arms),
+                                        ("rival-seeds", real.rival_seeds),
                                         ("penalties", real.penalty_table), ("fits", real.fits),
                                         ("vocabularies", real.vocabularies)])
 def test_tables_are_those_of_the_stored_results(mark, made):
@@ -54,6 +55,9 @@ def test_figures_in_the_text_are_stored():
         less, low, high = distance("so762-0", rival, "35%")
         assert f"{less:.1f} {said} ({low:.1f} to {high:.1f}" in text
     assert "it breaks base: {:.1f}%".format(rows["so762-0"]["Torch-Pruning's Taylor, 50%"]["wer"]) in text
+    halved = rows["so762-0"]["fewer layers, 4 and 2"]["wer"]
+    assert f"half gone, four layers and two, they break it: {halved:.1f}%" in text
+    assert f"65% cost {rows['nano-65'][-1]['difference, mean of the three (95%)'][0]:.1f} points" in text
     assert "half gone: {:.1f}, {:.1f} to {:.1f})".format(*distance("so762-0", "Taylor, 50%", "50%")) in text
     assert "in Hindi {:.1f} less ({:.1f} to {:.1f})".format(*distance("hi_kokoro-0", "IMP, 50% zeros", "50%")) in text
     more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
