@@ -43,13 +43,14 @@ attention on a CPU only if query/key and value are equally wide, and dense kerne
 an attention keep as many dimensions, of query/key and of value, as the head that keeps most, rounded up; the best of
 those under the cut fill up the others. Neurons and columns are rounded up too. A head without value dimensions adds
 nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and `multiple`
-neurons, always stay. `mask_` writes zeros, `remove_` cuts to the same function, `refit_` fits what reads the rest (4).
+neurons, always stay. `mask_` writes zeros, `remove_` cuts to the same function, `refit_` fits what reads the rest (4). Before all that,
+`balance_` turns every head into axes of which few do most of its work (5): for when more than half is to go.
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
 key, value and mlp.0 read what others read too, which stays, and become a `SelectingLinear`. `vocabulary_`, `window_`
 cut outside the blocks. Source: TSPAR, arXiv 2510.12666, no code published: two passes and thresholds from mean and std
-are the paper's; (1) to (4), pooling and floor are our reading.
+are the paper's; (1) to (5), pooling and floor are our reading.
 """
 import math
 import os
@@ -249,6 +250,70 @@ def remove_(model: Whisper, plan: Plan) -> Whisper:
     _align(model, [(i, plan.heads(f"decoder.blocks.{i}.cross_attn").index(head))
                    for i, head in model.alignment_heads.indices().T.tolist()])
     return model
+
+
+@torch.no_grad()
+def balance_(model: Whisper, batches: list[tuple[Tensor, Tensor]], curvature: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Before two_pass: turn each head, its function unchanged, so that a few of its dimensions do most of its work;
+    returns the curvature by which two_pass then sees that. Where more than half goes, the model keeps far more.
+
+    A head multiplies queries q by keys k, and what it averaged, u, by its columns V of out. So query may be multiplied
+    by any invertible T if key is by T^-T; value by T if out is by T^-1. With A = sum of q q' over all positions of
+    batches (those of `refit_`), B = sum of k k', k less its clip's mean, which softmax does not see; or A = sum of
+    u u', B = V'V: this takes the T of
+
+        T A T' = T^-T B T^-1 = S, diagonal, falling           (balanced truncation: Moore 1981)           (5)
+
+    and sum_j S_j^2 is all that a head says, squared: the sum of its (q'k)^2, or of its |V u|^2; no other axes put as
+    much into the first ones. What a head costs, the sum of its n_j^2 by (3), is divided among them in that ratio. The
+    curvature returned, float32, is one number for all weights of a dimension, and the given one outside heads. Raises
+    ValueError without batches, and what two_pass raises."""
+    if not batches:
+        raise ValueError("balance_ needs batches of (mels, ids)")
+    norms, h, moments, hooks = two_pass(model, z2=None, curvature=curvature).norms, dict(curvature), {}, []
+    for name, attn in _modules(model, MultiHeadAttention):
+        def add(linear: nn.Module, inputs: tuple, output: Tensor, attn: MultiHeadAttention = attn) -> None:
+            x = (inputs[0] if linear is attn.out else output).double()     # sums in float32 may have no root
+            x = (x - x.mean(1, keepdim=True) if linear is attn.key else x).unflatten(-1, (attn.n_head, -1))
+            moments[linear] = moments.get(linear, 0) + torch.einsum("bthi,bthj->hij", x, x)
+        hooks += [linear.register_forward_hook(add) for linear in (attn.query, attn.key, attn.out)]
+    try:
+        for mels, ids in batches:
+            model.decoder(ids, model.encoder(mels))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, group in units(model).items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "mlp":
+            continue
+        attn = model.get_submodule(stem)
+        (weight, _), (bias, _), (other, axis) = group
+        by_head = lambda p: p.double().unflatten(0, (attn.n_head, -1))     # (n_head, dimensions of a head, others)
+        V = by_head(other.movedim(axis, 0))
+        A, B = (moments[attn.query], moments[attn.key]) if kind == "qk" else (moments[attn.out], V @ V.mT)
+        T, inverse, square = _balancing(A, B)
+        weight.copy_((T @ by_head(weight)).flatten(0, 1))
+        bias.copy_((T @ by_head(bias)[..., None]).flatten())
+        other.movedim(axis, 0).copy_((inverse.mT @ V).flatten(0, 1))
+        cost = norms[name].to(square).view(square.shape).square().sum(1, keepdim=True)
+        cost = (cost * square / square.sum(1, keepdim=True)).flatten()
+        size = sum(p.double().square().reshape(len(p), -1).sum(1 - axis) for p, axis in group)
+        for (p, axis), (member, _) in zip(group, _members(name)):
+            h[member] = (cost / size.clamp(min=1e-30)).float().view(-1, *[1] * (p.ndim - 1 - axis)).expand_as(p)
+    return h
+
+
+def _balancing(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """T, T^-1, both (heads, d, d), and S^2 (heads, d) of (5). What is never used would make T infinite: both get a
+    little of a ridge."""
+    A, B = (M + torch.eye(len(M[0])).to(M) * (1e-4 * M.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-8)[:, None, None])
+            for M in (A, B))
+    L = torch.linalg.cholesky(A)
+    square, U = (x.flip(-1) for x in torch.linalg.eigh(L.mT @ B @ L))
+    square = square.clamp(min=1e-16)
+    root = square ** 0.25
+    return root[:, :, None] * (U.mT @ torch.linalg.inv(L)), L @ U / root[:, None], square
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_prune import SMALL, SPEECH, difference, inputs, logits, make
+from test_prune import SMALL, SPEECH, difference, inputs, logits, make, uniform, weaken
 
 import prune
 
@@ -221,3 +221,121 @@ def test_refit_of_no_pair(other, batches):
     model = make(SMALL)
     with pytest.raises(ValueError, match="refit_ needs"):
         prune.refit_(make(other), model, [inputs(model)] * batches)
+
+
+# ------------------------------------------------------------------ heads in other axes
+
+def spoken(model) -> tuple:
+    """mels, and ids that every vocabulary keeps."""
+    return inputs(model)[0], torch.arange(50257, 50275).view(2, 9)
+
+
+@torch.no_grad()
+def said(model, name: str, some: slice = slice(None)) -> torch.Tensor:
+    """(n_head, rows, columns): what these dimensions of every head say together, each query times each key less its
+    clip's mean, or V u at each position; as these are sums over dimensions, without A or B."""
+    (stem, kind), seen = name.rsplit(".", 1), {}
+    attn = model.get_submodule(stem)
+    hooks = [m.register_forward_hook(lambda m, x, y: seen.update({m: x[0] if m is attn.out else y}))
+             for m in (attn.query, attn.key, attn.out)]
+    model(*spoken(model))
+    for hook in hooks:
+        hook.remove()
+    query, key, u = (seen[m].double().unflatten(-1, (attn.n_head, -1))[..., some]
+                     for m in (attn.query, attn.key, attn.out))
+    if kind == "qk":
+        return torch.einsum("bthi,cshi->hbtcs", query, key - key.mean(1, keepdim=True)).flatten(3).flatten(1, 2)
+    V = attn.out.weight.double().unflatten(-1, (attn.n_head, -1))[..., some]
+    return torch.einsum("bthi,ohi->hbto", u, V).flatten(1, 2)
+
+
+@pytest.mark.parametrize("prepare", [lambda m: m, lambda m: prune.window_(prune.vocabulary_(m, [300]), 0.4),
+                                     lambda m: prune.remove_(m, uniform(weaken(m, 0.5), 0.5))])
+def test_a_turned_head_is_the_same_function(prepare):
+    """The logits stay, where vocabulary and window or widths are cut too, and so does what every head costs; what is
+    no head stays to the bit."""
+    model = prepare(make(SPEECH))
+    h, new = curvature_of(model), copy.deepcopy(model)
+    h_new = prune.balance_(new, [spoken(model)], h)
+    with torch.no_grad():
+        assert difference(*(m(*spoken(m)).nan_to_num(neginf=0) for m in (new, model))) < 1e-4
+    old, turned = (prune.two_pass(m, z2=None, curvature=c).norms for m, c in ((model, h), (new, h_new)))
+    for name, n in old.items():
+        stem, kind = name.rsplit(".", 1)
+        heads = 1 if kind == "mlp" else model.get_submodule(stem).n_head
+        cost, there = (x.view(heads, -1).square() for x in (n, turned[name]))
+        assert torch.allclose(cost.sum(1), there.sum(1), rtol=1e-5)
+        assert torch.equal(n, turned[name]) if kind == "mlp" else (there.diff() <= 1e-6 * there[:, :1]).all()
+    for name, p in model.named_parameters():
+        head = "attn." in name and not name.endswith("out.bias")
+        assert torch.equal(p, new.get_parameter(name)) != head
+        assert (h_new[name] is h[name]) != head
+
+
+@pytest.mark.parametrize("unit", ["encoder.blocks.0.attn", "decoder.blocks.1.attn", "decoder.blocks.0.cross_attn"])
+def test_the_first_dimensions_say_most(unit):
+    """With k dimensions a head lacks what the best matrix of rank k lacks (Eckart, Young 1936; torch's singular values
+    of what the unturned head says), and dimension j costs the share S_j^2 of what the head does."""
+    model, k = make(SPEECH), 3
+    h, new, attn = curvature_of(model), copy.deepcopy(model), model.get_submodule(unit)
+    h_new = prune.balance_(new, [spoken(model)], h)
+    for name in (f"{unit}.qk", f"{unit}.vo"):
+        whole = said(model, name)
+        squares = torch.linalg.svdvals(whole)[:, :64 // attn.n_head].square()
+        squares /= squares.sum(1, keepdim=True)
+        lacks, plain = ((whole - said(m, name, slice(k))).square().sum((1, 2)) / whole.square().sum((1, 2))
+                        for m in (new, model))
+        assert torch.allclose(lacks, squares[:, k:].sum(1), rtol=1e-3, atol=2e-6) and (lacks < 0.9 * plain).all()
+        n = prune.two_pass(new, z2=None, curvature=h_new).norms[name].view(attn.n_head, -1).square()
+        assert torch.allclose(n / n.sum(1, keepdim=True), squares, rtol=1e-2, atol=1e-3)
+
+
+def test_balanced_axes():
+    """(5) for random A and B: T A T' and T^-T B T^-1 are the same diagonal matrix, S falling."""
+    g = torch.Generator().manual_seed(0)
+    A, B = (x @ x.mT for x in torch.randn(2, 4, 6, 30, generator=g, dtype=torch.float64))
+    T, inverse, squares = prune._balancing(A, B)
+    S = torch.diag_embed(squares.sqrt())
+    assert torch.allclose(T @ inverse, torch.eye(6, dtype=T.dtype).expand(4, 6, 6), atol=1e-9)
+    assert torch.allclose(T @ A @ T.mT, S, atol=5e-3 * S.max().item())               # up to the ridge, 1e-4 of the mean
+    assert torch.allclose(inverse.mT @ B @ inverse, S, atol=5e-3 * S.max().item())
+    assert (squares.diff() < 0).all()
+
+
+def test_what_one_batch_turns_two_turn():
+    model = make(SPEECH)
+    (mels, ids), h = spoken(model), curvature_of(model)
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    one = prune.balance_(whole, [(mels, ids)], h)
+    two = prune.balance_(parts, [(mels[:1], ids[:1]), (mels[1:], ids[1:])], h)
+    n, same = (prune.two_pass(m, z2=None, curvature=c).norms for m, c in ((whole, one), (parts, two)))
+    assert all(torch.allclose(n[name], same[name], rtol=1e-3, atol=1e-5 * n[name].max().item()) for name in n)
+    assert not any(m._forward_hooks for m in whole.modules())
+
+
+def test_a_head_that_says_nothing():
+    """One without values, and one that nothing reads either: both cost what they did, and nothing breaks."""
+    model, name = make(SPEECH), "decoder.blocks.1.cross_attn.vo"
+    attn = model.decoder.blocks[1].cross_attn
+    with torch.no_grad():
+        for p in (attn.value.weight, attn.value.bias):
+            p[:32].zero_()
+        attn.out.weight[:, 16:32].zero_()
+    new, h = copy.deepcopy(model), curvature_of(model)
+    h_new = prune.balance_(new, [spoken(model)], h)
+    assert difference(*(m(*spoken(m)).detach() for m in (new, model))) < 1e-4
+    old, n = (prune.two_pass(m, z2=None, curvature=c).norms[name].view(4, 16) for m, c in ((model, h), (new, h_new)))
+    assert torch.allclose(n.square().sum(1), old.square().sum(1), rtol=1e-5)
+    assert n[[0, 2, 3]].any(1).all() and not n[1].any()
+
+
+def test_balance_of_bad_input():
+    """No batches, or curvature that two_pass would refuse, in its words; and no hook is left behind."""
+    model = make(SPEECH)
+    with pytest.raises(ValueError, match="balance_ needs batches"):
+        prune.balance_(model, [], curvature_of(model))
+    with pytest.raises(ValueError, match="negative or not finite"):
+        prune.balance_(model, [spoken(model)], {name: -x for name, x in curvature_of(model).items()})
+    with pytest.raises(RuntimeError):
+        prune.balance_(model, [(spoken(model)[0][:, :3], spoken(model)[1])], curvature_of(model))
+    assert not any(m._forward_hooks for m in model.modules())

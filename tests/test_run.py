@@ -676,6 +676,31 @@ def test_cuts_come_nearer_to_the_target(tmp_path, monkeypatch):
     assert asked == [0.5, part(5 / 9), True, part(8 / 9), True, part(1), True, None]
 
 
+@pytest.mark.parametrize("target, importance, turned", [(0.5, "curvature", 0), (0.6, "curvature", 1), (0.6, "norm", 0)])
+def test_heads_are_turned_where_more_than_half_goes(tmp_path, monkeypatch, target, importance, turned):
+    """Before the first cut, on a third of the clips that refit_ looks at; pass 1 decides by the curvature there."""
+    model, s, clips = small_run(tmp_path, "--target", str(target), "--importance", importance, "--cuts", "1")
+    given, balance_, whole = [], prune.balance_, copy.deepcopy(model)
+    monkeypatch.setattr(prune, "balance_", lambda *a: given.append(a) or balance_(*a))
+    h = curvature = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    plan = run.prune_(model, clips, s, curvature)
+    assert len(given) == turned
+    for _, some, known in given:
+        assert known is curvature and len(some) == -(-min(len(clips), run.CALIBRATION) // 24)         # 8 a batch
+        h = balance_(whole, some, curvature)
+    same = prune.two_pass(whole, share=target, **({} if importance == "norm" else dict(floor=0, curvature=h)))
+    assert all(torch.equal(keep, same.keep[name]) for name, keep in plan.keep.items())
+
+
+def test_all_processes_go_on_from_the_first_ones_weights(tmp_path, monkeypatch):
+    """Axes that come out of a decomposition could differ, between GPUs say, in sign: gradients would not add up."""
+    model, s, clips = small_run(tmp_path, "--target", "0.6", "--importance", "norm")
+    monkeypatch.setattr(run, "WORLD", 2)
+    monkeypatch.setattr(run.dist, "broadcast", lambda x, source: x.fill_(7 + source))
+    run.prune_(model, clips, s, {})
+    assert all((p == 7).all() for p in model.parameters())
+
+
 def test_pass_two_comes_last(tmp_path):
     """prune_ removes what pass 1 names, fits the readers to the model before, and zeroes by what the weights are
     then."""
