@@ -683,12 +683,15 @@ def test_heads_are_turned_where_more_than_half_goes(tmp_path, monkeypatch, targe
     given, balance_, whole = [], prune.balance_, copy.deepcopy(model)
     monkeypatch.setattr(prune, "balance_", lambda *a: given.append(a) or balance_(*a))
     h = curvature = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    decided = lambda share: prune.two_pass(whole, share=share, **({} if importance == "norm" else
+                                                                  dict(floor=0, curvature=h)))
+    share = decided(target).share                # of a single cut, in steps of 0.4%
     plan = run.prune_(model, clips, s, curvature)
     assert len(given) == turned
     for _, some, known in given:
         assert known is curvature and len(some) == -(-min(len(clips), run.CALIBRATION) // 24)         # 8 a batch
         h = balance_(whole, some, curvature)
-    same = prune.two_pass(whole, share=target, **({} if importance == "norm" else dict(floor=0, curvature=h)))
+    same = decided(share)
     assert all(torch.equal(keep, same.keep[name]) for name, keep in plan.keep.items())
 
 
