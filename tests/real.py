@@ -407,9 +407,9 @@ MORE = ("Torch-Pruning's Taylor, 50%", "Torch-Pruning's Hessian, 35%", "L2 layer
 def rival_seeds() -> str:
     """The same differences from dense at other orders of the clips; rows of seeds 1, 2 say where they were made."""
     lines = ["| so762, WER - dense | seed 0 | seed 1 | seed 2 | mean (95%) |", "|---|---:|---:|---:|---:|"]
-    measured = [arm for seed in range(3) for arm in results(RESULTS / f"so762-{seed}.json")]
+    rows = [arm for seed in range(3) for arm in results(RESULTS / f"so762-{seed}.json")]
     for arm in ("20%", "35%", "50%", TURNED, "65%", *RIVALS):
-        if measured.count(arm) > 1:
+        if rows.count(arm) > 1:
             each, mean, interval = over_seeds("so762", arm)
             cells = [f"{each[seed]:+.1f}" if seed in each else "" for seed in range(3)]
             name = f"TSPAR, {arm}" if arm[0].isdigit() else arm
