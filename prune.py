@@ -43,8 +43,8 @@ attention on a CPU only if query/key and value are equally wide, and dense kerne
 an attention keep as many dimensions, of query/key and of value, as the head that keeps most, rounded up; the best of
 those under the cut fill up the others. Neurons and columns are rounded up too. A head without value dimensions adds
 nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and `multiple`
-neurons, always stay. `mask_` writes zeros, `remove_` cuts to the same function, `refit_` fits what reads the rest (4). Before all that,
-`balance_` turns every head into axes of which few do most of its work (5): for when more than half is to go.
+neurons, always stay. `mask_` writes zeros, `remove_` cuts to the same function, `refit_` fits what reads the rest (4).
+Before all that, where more than half is to go, `balance_` turns every head into axes of which few do most of its work.
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,

@@ -297,7 +297,7 @@ def test_balanced_axes():
     T, inverse, squares = prune._balancing(A, B)
     S = torch.diag_embed(squares.sqrt())
     assert torch.allclose(T @ inverse, torch.eye(6, dtype=T.dtype).expand(4, 6, 6), atol=1e-9)
-    assert torch.allclose(T @ A @ T.mT, S, atol=5e-3 * S.max().item())               # up to the ridge, 1e-4 of the mean
+    assert torch.allclose(T @ A @ T.mT, S, atol=5e-3 * S.max().item())             # up to the ridge, 1e-4 of the mean
     assert torch.allclose(inverse.mT @ B @ inverse, S, atol=5e-3 * S.max().item())
     assert (squares.diff() < 0).all()
 

@@ -676,7 +676,8 @@ def test_cuts_come_nearer_to_the_target(tmp_path, monkeypatch):
     assert asked == [0.5, part(5 / 9), True, part(8 / 9), True, part(1), True, None]
 
 
-@pytest.mark.parametrize("target, importance, turned", [(0.5, "curvature", 0), (0.6, "curvature", 1), (0.6, "norm", 0)])
+@pytest.mark.parametrize("target, importance, turned", [(0.5, "curvature", 0), (0.6, "curvature", 1),
+                                                        (0.6, "norm", 0)])
 def test_heads_are_turned_where_more_than_half_goes(tmp_path, monkeypatch, target, importance, turned):
     """Before the first cut, on a third of the clips that refit_ looks at; pass 1 decides by the curvature there."""
     model, s, clips = small_run(tmp_path, "--target", str(target), "--importance", importance, "--cuts", "1")
