@@ -439,7 +439,7 @@ def own_arms() -> str:
 
 def hindi_arms() -> str:
     """Rivals on hi_kokoro."""
-    return rivals(("tuned", "dense", "35%", "35%, fitted only", "50%", "65%", *RIVALS), "hi_kokoro")
+    return rivals(("tuned", "dense", "35%", "35%, fitted only", "50%", TURNED, "65%", *RIVALS), "hi_kokoro")
 
 
 def claims() -> str:
