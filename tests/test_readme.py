@@ -60,7 +60,7 @@ def test_figures_in_the_text_are_stored():
     cost = [row["tspar test"] - row["dense test"] for row in rows["nano-65"]
             if row["steps"] == "300 + 1000" and "heads turned" in row["flags"]]
     little = [row["tspar test"] - row["dense test"] for row in rows["nano-seeds"] if row["steps"] == "300 + 1000, 35%"]
-    said = f"(35%: {np.mean(little):.1f}, 65%: {np.mean(cost):.1f} points)"
+    said = f"(35%: {np.mean(little):.1f}, 65%: {np.mean(cost):.1f} points.)"
     assert said in text and len(cost) == len(little) == 3
     turned = [rows["so762-0"][arm]["wer"] for arm in ("65%", real.NOT_TURNED)]
     assert "65% removed has {:.1f}% WER in English then, {:.1f}% with heads as they are".format(*turned) in text
