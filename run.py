@@ -5,6 +5,7 @@
     python run.py --model base.pt --data FOLDER --language en --window 10       # your own Whisper, your own speech
     python run.py --model runs/nano-mini_hi/tspar.pt --transcribe a.wav b.mp3   # or --evaluate
     torchrun --nproc_per_node=4 run.py --model small --data cv11_hi
+    python run.py --study --from tests/data/real        # every table of README.md, from stored results (tests/real.py)
 
 Four models are measured on the same clips by the same code: original, dense, tspar, imp (MODELS says what each is).
 The last three take the same number of steps, with the same clips in the same order at the same learning rates. The
@@ -26,6 +27,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -769,7 +771,8 @@ class Settings:
 
 def settings(argv: list[str] | None) -> Settings:
     """The command line, checked as far as that goes without loading anything."""
-    parser = argparse.ArgumentParser("run.py", allow_abbrev=False, description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser("run.py", allow_abbrev=False, description=__doc__.partition("\n\n")[0],
+                                     epilog="python run.py --study --help: base and its rivals, as in README.md")
     parser.error = lambda message: need(False, f"{message}; see python run.py --help")      # one line, not the usage
     kinds = {"str": str, "int": int, "float": float, "list": str}        # by the annotation, a string here
     for f in fields(Settings):
@@ -871,11 +874,14 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when done; 2 and one line on stderr for bad input, 1 for what failed on the way, 130 when interrupted."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["--study"]:                 # base against its rivals: no part of the method
+        return subprocess.run([sys.executable, ROOT / "tests/real.py", *given[1:]]).returncode
     before, again = signal.signal(signal.SIGTERM, signal.default_int_handler), "the same command with --resume goes on"
     if hasattr(sys.stdout, "reconfigure"):       # a terminal without Devanagari must not end hours of work
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        s = settings(argv)
+        s = settings(given)
         if WORLD > 1:
             torch.cuda.set_device(s.device) if s.device != "cpu" else None
             dist.init_process_group("nccl" if s.device != "cpu" else "gloo")

@@ -1,20 +1,20 @@
 """TSPAR on OpenAI's own Whisper-base and real speech: every arm of one data set and seed, resumable, counts only.
 
-    python tests/real.py FOLDER so762 en 0          # FOLDER holds base.pt and so762/: hours on 2 cores
-    python tests/real.py FOLDER so762 en 0 --vocabulary data        # flags become part of the results' name
-    python tests/real.py FOLDER so762 en 0 65% "Taylor, 35%"        # these arms alone
-    python tests/real.py FOLDER hi_kokoro hi 0
-    python tests/real.py FOLDER penalties [prox]    # what a penalty in the first phase is worth, on so762's dev clips
-    python tests/real.py FOLDER unseen              # errors on words that no training sentence has
-    python tests/real.py FOLDER latency             # encoder and greedy decoding of what the arms left, taking turns
-    python tests/real.py tables                     # those of README.md and of RESULTS/README.md, from RESULTS
-    python tests/real.py picture CHECKPOINT         # tests/data/real/layers.png, tradeoff.png
+    python run.py --study --from tests/data/real    # all tables of README.md and of RESULTS/README.md, from RESULTS
+    python run.py --study --model BASE.pt --data so762 [--seed 1]              # or hi_kokoro: hours on 2 cores
+    python run.py --study --model BASE.pt --data so762 65% "Taylor, 35%"       # these arms alone
+    python run.py --study --model BASE.pt --data so762 -- --vocabulary data    # flags, part of the results' name
+
+In place of arms also: latency (of what the arms left, taking turns), penalties [prox] (in the first phase, on so762's
+dev clips), unseen (errors on words that no training sentence has), voices (test clips in a voice that train lacks),
+picture (layers.png, tradeoff.png).
 
 First phase and dense model are trained once; each percentage is pruned from that first phase and recovers for as
 many steps as dense goes on, and so does what RIVALS make of that first phase. Results go to
 tests/data/real/DATA-SEED.json, a row at a time: settings, counts of errors and words a clip, never texts. Checkpoints
 and texts stay in runs/real/.
 """
+import argparse
 import copy
 import json
 import sys
@@ -40,22 +40,23 @@ from tspar import SparseGroupLasso
 RESULTS, ARMS = ROOT / "tests/data/real", (0.35, 0.5, 0.65)
 ORIGINAL = {"original, 30 s": None, "original": 8}   # no step taken; arm -> window in seconds
 STOCK = ("as OpenAI made it, 30 s", "the same, window cut to 8 s")           # their names in the tables
-HALF_30 = "so762-0 50%, 30 s"                        # timed only
+WIDE = ", 30 s"                                      # trained at 8 s, measured with all positions that OpenAI gave it
+HALF_30 = "so762-0 50%" + WIDE
 PASS_2 = "35%, with pass 2"                          # at z2 = -1, run.py's default; the other arms have pass 1 alone
 NOT_TURNED, TURNED = "65%, heads as they are", "50%, heads turned"                  # without prune.balance_, with it
-RATES = {"so762": 2.5e-5, "hi_kokoro": 5e-5}
-VOCABULARY = {"so762": "full", "hi_kokoro": "data"}                  # English needs more than an hour's words
+DATA = {"so762": ("--language", "en", "--lr", "2.5e-5", "--vocabulary", "full"),     # needs more words than train has
+        "hi_kokoro": ("--language", "hi", "--lr", "5e-5", "--vocabulary", "data")}
 
 
-def begin(folder: Path, data: str, language: str, seed: int, name: str, *flags: str) -> tuple:
+def begin(model: Path, data: Path, seed: int, name: str, *flags: str) -> tuple:
     """Settings of all arms, and the model as OpenAI made it, with its window cut. Results go to the file `name`."""
+    run.need(data.name in DATA, f"--data {data}: the study has settings for the folders {' and '.join(DATA)}")
     out = ROOT / "runs/real" / name
     (out / "state").mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    s = run.settings(["--model", str(folder / "base.pt"), "--data", str(folder / data), "--language", language,
-                      "--window", "8", "--vocabulary", VOCABULARY[data], "--lr", str(RATES[data]), "--seed", str(seed),
-                      "--steps", "250", "--recovery-steps", "250", "--batch", "8", "--z2", "-99", "--workers", "0",
-                      "--out", str(out), "--resume", *flags])
+    s = run.settings(["--model", str(model), "--data", str(data), *DATA[data.name], "--seed", str(seed),
+                      "--window", "8", "--steps", "250", "--recovery-steps", "250", "--batch", "8",
+                      "--z2", "-99", "--workers", "0", "--out", str(out), "--resume", *flags])
     original = run.load_model(s)
     return run.completed(s, original), original
 
@@ -87,12 +88,12 @@ def measured(arm: str, model: torch.nn.Module, clips: run.Clips, s: run.Settings
     print(arm, f"WER {row['wer']:.1f}  {row['block_parameters']:,} block parameters", flush=True)
 
 
-def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None:
+def arms(model: Path, data: Path, seed: int, *words: str) -> None:
     """Train, prune, recover, measure; what a file of RESULTS has already is not done again. Words are arms (without
     any: tuned, which is dense after the first phase, dense, and README's two sizes), or flags: then tuned alone."""
     flags = [word.strip("-") for word in words] if words and words[0].startswith("--") else []
-    name = "-".join([data, str(seed), *flags])
-    s, original = begin(folder, data, language, seed, name, *(words if flags else ()))
+    name = "-".join([data.name, str(seed), *flags])
+    s, original = begin(model, data, seed, name, *(words if flags else ()))
     train, test = (run.Clips(original, split, s) for split in ("train", "test"))
     tuned = run.prepared(copy.deepcopy(original), train, s)
     first = run.fine_tune(tuned, train, s, "dense: fine-tune")
@@ -108,14 +109,26 @@ def arms(folder: Path, data: str, language: str, seed: int, *words: str) -> None
             facts = {"removed": plan.removed(), "pruning_seconds": time.time() - started}
         elif arm in RIVALS:
             RIVALS[arm](model, train=train, s=s)
+        clips = test
         if arm in ORIGINAL:
             model = run.load_model(replace(s, window=ORIGINAL[arm]))
+            clips = run.Clips(model, "test", s)
         elif not (arm == "tuned" or "IMP" in arm or "fitted only" in arm):     # IMP's rounds have retrained it
-            title = arm.replace("dense", "dense: go on").replace("%", "")
+            title = arm.removesuffix(WIDE).replace("dense", "dense: go on").replace("%", "")
             with mock.patch.object(run, "objective", objective):
                 phase = run.fine_tune(model, train, replace(s, steps=s.recovery_steps), title)
             facts |= {"loss": float(np.mean(phase.losses))}
-        measured(arm, model, test if arm not in ORIGINAL else run.Clips(model, "test", s), s, **facts)
+        if arm.endswith(WIDE) and arm not in ORIGINAL:
+            model, clips = widened(model), copy.copy(test)             # the same clips
+            clips.n_frames, clips.mels = 2 * model.dims.n_audio_ctx, {}
+        measured(arm, model, clips, s, **facts)
+
+
+def widened(model: torch.nn.Module) -> torch.nn.Module:
+    """The same weights with all 30 s of positions, which are sines and are not trained."""
+    positions = whisper.model.sinusoids(1500, model.dims.n_audio_state).to(model.device)
+    model.encoder.positional_embedding, model.dims = positions, replace(model.dims, n_audio_ctx=1500)
+    return model
 
 
 def distilled(teacher: torch.nn.Module, model: torch.nn.Module, batch: list, s: run.Settings) -> torch.Tensor:
@@ -247,7 +260,7 @@ PENALTIES = {                                    # name -> flags, strengths l1 a
     "none": ((), 0, 0, None)}
 
 
-def penalties(folder: Path, *names: str) -> None:
+def penalties(model: Path, data: Path, *names: str) -> None:
     """so762's dev clips after 250 steps with each penalty: cross-entropy of the whole model, of what is left when 50%
     or 35% of the block parameters are removed, and that with WER after recovery. Seed 0. To penalties.json."""
     path = RESULTS / "penalties.json"
@@ -266,7 +279,7 @@ def penalties(folder: Path, *names: str) -> None:
         shares = [share for share in (0.5, 0.35) if f"{share:.0%}, WER" not in done(name)]
         if not shares:
             continue
-        s, original = begin(folder, "so762", "en", 0, f"penalty-{name.partition(' ')[0]}", *flags)
+        s, original = begin(model, data, 0, f"penalty-{name.partition(' ')[0]}", *flags)
         train, dev = (run.Clips(original, split, s) for split in ("train", "dev"))
         model = run.prepared(original, train, s)
         penalty = lasso and lasso(run.GROUPS[s.groups](model), l1, l1, l2, l2, relative=True)
@@ -292,17 +305,15 @@ def cross_entropy(model: torch.nn.Module, clips: run.Clips, s: run.Settings) -> 
     return nats / sum(map(clips.n_targets, range(len(clips))))
 
 
-def latency(folder: Path) -> None:
+def latency(model: Path, data: Path) -> None:
     """Encoder, and greedy decoding of 24 tokens, of one clip: median of 30 rounds, each in a new order of models. What
     RESULTS has stays; what is new is given in its pace, that of so762-0's dense, which must be among the models."""
-    stock = lambda: prune.load(folder / "base.pt")
+    stock = partial(prune.load, model)
     models = dict(zip(STOCK, (stock(), prune.window_(stock(), 8))))
     for path in sorted((ROOT / "runs/real").glob("*-0/*.pt")):
         models |= {f"{path.parent.name} {path.stem}": prune.load(path)} if path.stem not in ORIGINAL else {}
     if "so762-0 50%" in models:                          # what pruning gives without the window
-        whole = models[HALF_30] = copy.deepcopy(models["so762-0 50%"])
-        whole.encoder.positional_embedding, whole.dims = stock().encoder.positional_embedding, copy.copy(whole.dims)
-        whole.dims.n_audio_ctx = len(whole.encoder.positional_embedding)
+        models[HALF_30] = widened(copy.deepcopy(models["so762-0 50%"]))
     seconds = {name: {"encoder": [], "greedy": []} for name in models}
     with torch.inference_mode():
         for turn in range(31):
@@ -328,26 +339,35 @@ def latency(folder: Path) -> None:
     run.write(RESULTS / "latency.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
-def unseen(folder: Path) -> None:
+def unseen(model: Path, data: Path) -> None:
     """Errors on test's words that train has, on those that it lacks, and insertions, from the texts in runs/real."""
-    result = {}
-    for data, language in (("so762", "en"), ("hi_kokoro", "hi")):
-        s, original = begin(folder, data, language, 0, f"{data}-0")
-        train, test = (run.Clips(original, split, s) for split in ("train", "test"))
-        clean = run.normalizer(language)
-        known, said = {word for text in train.sentences for word in clean(text).split()}, [*map(clean, test.sentences)]
-        for path in sorted((ROOT / f"runs/real/{data}-0").glob("*.json")):
-            row = result[f"{data} {path.stem}"] = {"seen": [0, 0], "unseen": [0, 0], "inserted": 0}
-            for reference, text in zip(said, map(clean, json.loads(path.read_text(encoding="utf8")))):
-                words = reference.split()
-                for part in jiwer.process_words(reference, text).alignments[0] if words else ():
-                    row["inserted"] += (part.type == "insert") * (part.hyp_end_idx - part.hyp_start_idx)
-                    for word in words[part.ref_start_idx: part.ref_end_idx]:
-                        counts = row["seen" if word in known else "unseen"]
-                        counts[0], counts[1] = counts[0] + (part.type != "equal"), counts[1] + 1
+    s, original = begin(model, data, 0, f"{data.name}-0")
+    train, test = (run.Clips(original, split, s) for split in ("train", "test"))
+    clean, result = run.normalizer(s.language), results(RESULTS / "unseen.json")
+    known, said = {word for text in train.sentences for word in clean(text).split()}, [*map(clean, test.sentences)]
+    for path in sorted((ROOT / f"runs/real/{data.name}-0").glob("*.json")):
+        row = result[f"{data.name} {path.stem}"] = {"seen": [0, 0], "unseen": [0, 0], "inserted": 0}
+        for reference, text in zip(said, map(clean, json.loads(path.read_text(encoding="utf8")))):
+            words = reference.split()
+            for part in jiwer.process_words(reference, text).alignments[0] if words else ():
+                row["inserted"] += (part.type == "insert") * (part.hyp_end_idx - part.hyp_start_idx)
+                for word in words[part.ref_start_idx: part.ref_end_idx]:
+                    counts = row["seen" if word in known else "unseen"]
+                    counts[0], counts[1] = counts[0] + (part.type != "equal"), counts[1] + 1
     result["what"] = "seed 0, test: [errors, words] of the words that train has and that it lacks"
     run.write(RESULTS / "unseen.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    print(json.dumps(result, indent=1))
+
+
+def voices(model: Path, data: Path) -> None:
+    """Which test clips, as places in the lists of errors, have a voice that train lacks."""
+    voice = {split: dict(reversed(row.split("\t")[:2]) for row in
+                         (data / f"{split}.tsv").read_text(encoding="utf8").splitlines()[1:])
+             for split in ("train", "test")}                           # clip -> who speaks
+    s, original = begin(model, data, 0, f"{data.name}-0")
+    said = [voice["test"][path.name] for path in run.Clips(original, "test", s).paths]
+    new = [i for i, who in enumerate(said) if who not in voice["train"].values()]
+    result = json.dumps({f"{data.name}, in a new voice": new}).encode()
+    run.write(RESULTS / "voices.json", lambda file: file.write(result))
 
 
 def table() -> str:
@@ -434,12 +454,21 @@ def rivals(arms: tuple = ("35%", "50%", *(arm for arm in RIVALS if arm not in MO
 
 def own_arms() -> str:
     """The same of what README leaves out."""
-    return rivals(("tuned", "dense", "20%", "35%, fitted only", PASS_2, TURNED, "65%", NOT_TURNED, *MORE))
+    return rivals(("tuned", "dense", "dense, 30 s", "20%", "35%, fitted only", PASS_2, "50%, 30 s", TURNED, "65%",
+                   NOT_TURNED, "65%, distilled", *MORE))
 
 
 def hindi_arms() -> str:
-    """Rivals on hi_kokoro."""
-    return rivals(("tuned", "dense", "35%", "35%, fitted only", "50%", TURNED, "65%", *RIVALS), "hi_kokoro")
+    """Rivals on hi_kokoro, and the WER of clips in voices that train has and in the one that it lacks."""
+    arms = ("tuned", "dense", "35%", "35%, fitted only", "50%", TURNED, "65%", "65%, distilled", *RIVALS)
+    rows, new = results(RESULTS / "hi_kokoro-0.json"), results(RESULTS / "voices.json")["hi_kokoro, in a new voice"]
+    head, rule, *lines = rivals(arms, "hi_kokoro").splitlines()
+    lines = [f"{head} known voices | new voice |", f"{rule}---:|---:|", *lines]
+    for i, row in enumerate((rows[arm] for arm in arms if arm in rows), 2):
+        errors, words = np.array(row["errors"]), np.array(row["words"])
+        there = np.isin(range(len(words)), new)
+        lines[i] += "".join(f" {100 * errors[clips].sum() / words[clips].sum():.1f}% |" for clips in (~there, there))
+    return "\n".join(lines)
 
 
 def claims() -> str:
@@ -503,8 +532,9 @@ def fits() -> str:
     return "\n".join(lines)
 
 
-def picture(checkpoint: Path) -> None:
-    """layers.png: what is left of every layer, as bars: the share of each kind's groups."""
+def pictures(checkpoint: Path, data: Path) -> None:
+    """layers.png, what is left of every layer of a pruned model, as bars: the share of each kind's groups; and
+    tradeoff.png."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -525,6 +555,7 @@ def picture(checkpoint: Path) -> None:
         axis.set_ylim(0, 130)
         axis.legend(fontsize=8, ncols=3, loc="upper center")
     figure.savefig(RESULTS / "layers.png", dpi=110)
+    tradeoff()
 
 
 def tradeoff() -> None:
@@ -556,16 +587,34 @@ def tradeoff() -> None:
     figure.savefig(RESULTS / "tradeoff.png", dpi=110)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    if sys.argv[1] == "tables":
-        print("\n\n".join(made() for made in (table, seeds, rivals, claims, own_arms, rival_seeds, hindi_arms,
-                                               penalty_table, vocabularies, fits)))
-    elif sys.argv[1] == "picture":
-        picture(Path(sys.argv[2]))
-        tradeoff()
-    elif sys.argv[2] in ("latency", "penalties", "unseen"):
-        globals()[sys.argv[2]](Path(sys.argv[1]), *sys.argv[3:])
+def main(words: list[str]) -> None:
+    """What stands behind run.py --study."""
+    global RESULTS
+    parser = argparse.ArgumentParser("run.py --study", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, default in {"--from": RESULTS, "--model": None, "--data": None}.items():
+        parser.add_argument(flag, type=Path, default=default, dest=flag.strip("-").replace("from", "records"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("words", nargs="*")
+    given = parser.parse_args(words)
+    if not given.model or not given.data:
+        RESULTS = given.records
+        run.need(results(RESULTS / "so762-0.json"), f"--from {RESULTS} has no so762-0.json; give tests/data/real")
+        print("\n\n".join(made() for made in TABLES.values()))
+    elif given.words and given.words[0] in TOOLS:
+        TOOLS[given.words[0]](given.model, given.data, *given.words[1:])
     else:
-        arms(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
+        arms(given.model, given.data, given.seed, *given.words)
+
+
+TABLES = {"real": table, "seeds": seeds, "rivals": rivals, "claims": claims, "arms": own_arms,
+          "rival-seeds": rival_seeds, "hindi": hindi_arms, "penalties": penalty_table, "vocabularies": vocabularies,
+          "fits": fits}                          # by their marks in README.md and RESULTS/README.md
+TOOLS = {"latency": latency, "penalties": penalties, "unseen": unseen, "voices": voices, "picture": pictures}
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except run.Stop as stop:
+        print(f"run.py --study: {stop}", file=sys.stderr)
+        sys.exit(stop.code)

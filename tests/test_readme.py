@@ -1,5 +1,7 @@
 """README.md and that of the records: their tables are made from the stored results, the Python blocks run."""
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,19 @@ def between(mark: str) -> str:
     return re.search(f"<!-- {mark} -->(.*)<!-- /{mark} -->", README + RECORDS, re.S)[1].strip()
 
 
-@pytest.mark.parametrize("mark, made", [("real", real.table), ("seeds", real.seeds), ("rivals", real.rivals),
-                                        ("claims", real.claims), ("arms", real.own_arms), ("hindi", real.hindi_arms),
-                                        ("rival-seeds", real.rival_seeds),
-                                        ("penalties", real.penalty_table), ("fits", real.fits),
-                                        ("vocabularies", real.vocabularies)])
-def test_tables_are_those_of_the_stored_results(mark, made):
-    """Word for word what tests/real.py makes of tests/data/real."""
-    assert between(mark) == made()
+def test_tables_are_those_of_the_stored_results():
+    """Word for word what run.py --study prints."""
+    printed = subprocess.run([sys.executable, "run.py", "--study", "--from", "tests/data/real"], cwd=ROOT, text=True,
+                             capture_output=True).stdout
+    assert printed.strip() == "\n\n".join(map(between, real.TABLES))
+
+
+def test_study_of_what_it_does_not_know(capfd, tmp_path):
+    """One sentence and exit code 2: other data, and a folder without results."""
+    assert run.main(["--study", "--model", "nano.pt", "--data", str(tmp_path)]) == 2
+    assert run.main(["--study", "--from", str(tmp_path)]) == 2
+    other, empty = capfd.readouterr().err.splitlines()
+    assert "so762 and hi_kokoro" in other and "so762-0.json" in empty
 
 
 def test_figures_in_the_text_are_stored():
