@@ -102,9 +102,9 @@ def arms(model: Path, data: Path, seed: int, *words: str) -> None:
             continue
         model, facts, objective, started = copy.deepcopy(tuned), {}, run.objective, time.time()
         if arm[0].isdigit():
-            with mock.patch.object(run, "TURNED_ABOVE", {NOT_TURNED: 1, TURNED: 0}.get(arm, run.TURNED_ABOVE)):
-                plan = run.prune_(model, train, replace(s, target=float(arm[:2]) / 100, z2=-1 if arm == PASS_2
-                                                        else s.z2), first.curvature)
+            this = replace(s, target=float(arm[:2]) / 100, z2=-1 if arm == PASS_2 else s.z2,
+                           turn_above={NOT_TURNED: 1, TURNED: 0}.get(arm, s.turn_above))
+            plan = run.prune_(model, train, this, first.curvature)
             objective = partial(distilled, tuned) if "distilled" in arm else objective
             facts = {"removed": plan.removed(), "pruning_seconds": time.time() - started}
         elif arm in RIVALS:

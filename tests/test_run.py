@@ -662,7 +662,8 @@ def test_penalty_sets_in_over_the_first_half(tmp_path, monkeypatch):
 def test_cuts_come_nearer_to_the_target(tmp_path, monkeypatch):
     """Three cuts ask for 1 - (2/3)^2, 1 - (1/3)^2 and all of what one would remove; each is fitted to the first
     model."""
-    model, s, clips = small_run(tmp_path, "--target", "0.5", "--importance", "curvature", "--cuts", "3")
+    model, s, clips = small_run(tmp_path, "--target", "0.5", "--importance", "curvature", "--cuts", "3",
+                                "--turn-above", "1")
     before, asked, two_pass, refit_ = copy.deepcopy(model), [], prune.two_pass, prune.refit_
     monkeypatch.setattr(prune, "two_pass", lambda *a, **k: (asked.append(k.get("share")), two_pass(*a, **k))[1])
     def fitted(model, other, clips):
@@ -676,17 +677,17 @@ def test_cuts_come_nearer_to_the_target(tmp_path, monkeypatch):
     assert asked == [0.5, part(5 / 9), True, part(8 / 9), True, part(1), True, None]
 
 
-@pytest.mark.parametrize("target, importance, turned", [(0.5, "curvature", 0), (0.6, "curvature", 1),
-                                                        (0.6, "norm", 0)])
-def test_heads_are_turned_where_more_than_half_goes(tmp_path, monkeypatch, target, importance, turned):
+@pytest.mark.parametrize("above, importance, turned", [(0.5, "curvature", 0), (0.4, "curvature", 1), (0, "norm", 0)])
+def test_heads_are_turned_where_more_than_that_goes(tmp_path, monkeypatch, above, importance, turned):
     """Before the first cut, on a third of the clips that refit_ looks at; pass 1 decides by the curvature there."""
-    model, s, clips = small_run(tmp_path, "--target", str(target), "--importance", importance, "--cuts", "1")
+    model, s, clips = small_run(tmp_path, "--target", "0.5", "--importance", importance, "--cuts", "1",
+                                "--turn-above", str(above))
     given, balance_, whole = [], prune.balance_, copy.deepcopy(model)
     monkeypatch.setattr(prune, "balance_", lambda *a: given.append(a) or balance_(*a))
     h = curvature = {name: torch.rand_like(p) for name, p in model.named_parameters()}
     decided = lambda share: prune.two_pass(whole, share=share, **({} if importance == "norm" else
                                                                   dict(floor=0, curvature=h)))
-    share = decided(target).share                # of a single cut, in steps of 0.4%
+    share = decided(0.5).share                # of a single cut, in steps of 0.4%
     plan = run.prune_(model, clips, s, curvature)
     assert len(given) == turned
     for _, some, known in given:
@@ -709,7 +710,7 @@ def test_pass_two_comes_last(tmp_path):
     """prune_ removes what pass 1 names, fits the readers to the model before, and zeroes by what the weights are
     then."""
     model, s, clips = small_run(tmp_path, "--target", "0.5", "--importance", "curvature", "--z2", "-0.5", "--cuts",
-                                "1")
+                                "1", "--turn-above", "1")
     curvature = {name: torch.rand_like(p) for name, p in model.named_parameters()}
     cut, before = copy.deepcopy(model), copy.deepcopy(model)
     prune.remove_(cut, prune.two_pass(cut, z2=None, floor=0, curvature=curvature, share=0.5))
