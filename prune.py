@@ -44,13 +44,13 @@ an attention keep as many dimensions, of query/key and of value, as the head tha
 those under the cut fill up the others. Neurons and columns are rounded up too. A head without value dimensions adds
 nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and `multiple`
 neurons, always stay. `mask_` writes zeros, `remove_` cuts to the same function, `refit_` fits what reads the rest (4).
-Before all that, where more than half is to go, `balance_` turns every head into axes of which few do most of its work.
+Before all that, where much is to go, `balance_` may turn every head into axes of which few do most of its work.
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
 key, value and mlp.0 read what others read too, which stays, and become a `SelectingLinear`. `vocabulary_`, `window_`
 cut outside the blocks. Source: TSPAR, arXiv 2510.12666, no code published: two passes and thresholds from mean and std
-are the paper's; (1) to (5), pooling and floor are our reading.
+are the paper's, (1), (2), pooling and floor our reading of it, (3) to (5) our own.
 """
 import math
 import os
@@ -164,11 +164,13 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 
     groups    name -> [(parameter, axis)]: units(model) if None, else any of these and any columns
     z1, z2    standard deviations from the mean; z2=None leaves pass 2 out
-    floor     share of the mean norm below which a group goes whatever z1 says, >= 0
+    floor     share of the mean below which a group goes whatever z1 says, >= 0; give 0 with curvature: costs span
+              decades, and 5% of their mean is no small cost
     multiple  widths are rounded up to it; 1 only evens the heads
     curvature parameter name -> mean squared gradient, of the parameter's shape, any float dtype: (3) for n_j;
               None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
-    share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`): rank decides
+    share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`), so that only
+              the order of the n_j counts
 
     Raises ValueError on a block weight or a setting that is not finite, on a group of another model, on a share out
     of reach, and on curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
@@ -324,9 +326,10 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
 
         W, b = argmin sum |x* + f*(x*) - x - W u - b|^2 + r |(W, b) - (W_0, b_0)|^2, r = ridge * mean_i sum u_i^2 (4)
 
-    over all positions of batches, (mels (B, n_mels, frames), ids (B, T): prompt and text, padded); of the encoder's,
-    128 to 255 a clip, evenly spread; mean_i over the u_i that are not always 0, so that mask_ and remove_ lead to the
-    same function. Single weights that were zeroed are filled again: pass 2 comes after. Both streams of all clips
+    over all positions of batches, (mels (B, n_mels, frames), ids (B, T): prompt and text, filled up with the end
+    token, which counts too: put clips of like length together); of the encoder's, 255 a clip at most, evenly spread;
+    mean_i over the u_i, and the 1 of b, that are not always 0, so that mask_ and remove_ lead to the same function.
+    Single weights that were zeroed are filled again: pass 2 comes after. Both streams of all clips
     are kept: 8 bytes a position and channel. Returns the model. Raises ValueError without batches, for a ridge below
     0, if the two are no such pair, or if an id has no row."""
     if _parameters(before).keys() != _parameters(model).keys() or before.dims != model.dims or not batches:

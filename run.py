@@ -60,7 +60,7 @@ from tspar import SparseGroupLasso, columns
 MODELS = {"original": "the checkpoint as it came; the others start from it",
           "dense": "fine-tuned, nothing removed: what tspar has to match",
           "tspar": "fine-tuned, pruned in two passes, recovered: its matrices are smaller",
-          "imp": "as many single weights of dense set to zero, recovered: nothing smaller"}
+          "imp": "as few nonzero weights, single ones set to zero, recovered: nothing smaller"}
 GROUPS = {"unit": prune.units, "column": columns}       # what is penalized, pruned: name -> [(parameter, axis), ...]
 CALIBRATION = 480                           # clips that refit_ looks at, balance_ at a third of them
 IMP_ROUNDS = 2                              # 1, 5, 10 rounds in as many steps were worse on nano's dev
@@ -126,7 +126,7 @@ def prepared(model: Whisper, train: Clips, s: Settings) -> Whisper:
 
 
 def prune_(model: Whisper, train: Clips, s: Settings, curvature: dict[str, torch.Tensor]) -> prune.Plan:
-    """Turn the heads, if more than --turn-above is to go; remove the groups of pass 1; fit what reads them to the
+    """Turn the heads, if --target is above --turn-above; remove the groups of pass 1; fit what reads them to the
     model before; zero the weights of pass 2. By norms nothing is turned or fitted. More than one of --cuts go to
     --target in steps: each decides anew, in (3) of prune.py by the weights as fitted by then, and by the same h."""
     before, cuts = copy.deepcopy(model), s.cuts if s.importance == "curvature" else 1

@@ -77,8 +77,10 @@ def test_figures_in_the_text_are_stored():
     assert f"{more:.1f} points more than half zero ({low:+.1f} to {high:+.1f})" in text
     for name, x in rows["penalties"].items():
         assert f"{x['50%, WER']:.1f}%" in text, name
+    norms = rows["norms"].values()
+    assert "groups have a root mean square of {:.2f} to {:.2f}".format(min(norms), max(norms)) in text
     fitted = [rows[f"{name}-0"]["35%, fitted only"]["wer"] for name in ("so762", "hi_kokoro")]
-    assert "Without any recovery a third less has {:.1f}% WER in English, {:.1f}% in Hindi".format(*fitted) in text
+    assert "Without any recovery 35% removed has {:.1f}% WER in English, {:.1f}% in Hindi".format(*fitted) in text
     cells = [row.strip("| ").split(" | ") for row in real.vocabularies().splitlines()[3:]]
     (*_, letters, _), *_, (*_, mean), (*_, spelled) = cells
     assert f"loses nothing ({letters}, {rows['so762-0']['tuned']['wer']:.1f}% without)" in text
