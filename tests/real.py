@@ -620,7 +620,8 @@ def main(words: list[str]) -> None:
 TABLES = {"real": table, "seeds": seeds, "rivals": rivals, "claims": claims, "arms": own_arms,
           "rival-seeds": rival_seeds, "hindi": hindi_arms, "penalties": penalty_table, "vocabularies": vocabularies,
           "fits": fits}                          # by their marks in README.md and RESULTS/README.md
-TOOLS = {"latency": latency, "penalties": penalties, "unseen": unseen, "voices": voices, "norms": norms, "picture": pictures}
+TOOLS = {"latency": latency, "penalties": penalties, "unseen": unseen, "voices": voices, "norms": norms,
+         "picture": pictures}
 
 if __name__ == "__main__":
     try:

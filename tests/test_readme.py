@@ -102,7 +102,7 @@ def test_figures_in_the_text_are_stored():
     assert "with beam 5 {} in Hindi, {} in English".format(*beam) in text
     stored = {f"{row['cross_entropy']:.3f}" for name in ("refit", "recovery") for row in rows[name].values()
               if isinstance(row, dict)}
-    told = text[text.index("**What reads from"):text.index("**The penalty is off")]
+    told = text[text.index("**What read the"):text.index("**The penalty is off")]
     told = set(re.findall(r"\d\.\d{3}", told))
     assert told <= stored and len(told) > 5
 
