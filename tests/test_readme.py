@@ -29,11 +29,12 @@ def test_tables_are_those_of_the_stored_results():
 
 
 def test_study_of_what_it_does_not_know(capfd, tmp_path):
-    """One sentence and exit code 2: other data, and a folder without results."""
-    assert run.main(["--study", "--model", "nano.pt", "--data", str(tmp_path)]) == 2
+    """One sentence and exit code 2: a folder without results, and other data."""
     assert run.main(["--study", "--from", str(tmp_path)]) == 2
-    other, empty = capfd.readouterr().err.splitlines()
-    assert "so762 and hi_kokoro" in other and "so762-0.json" in empty
+    empty, = capfd.readouterr().err.splitlines()
+    assert "so762-0.json" in empty
+    with pytest.raises(run.Stop, match="so762 and hi_kokoro"):
+        real.main(["--model", "nano.pt", "--data", str(tmp_path)])
 
 
 def test_figures_in_the_text_are_stored():
