@@ -732,7 +732,7 @@ def flag(default, text: str, *choices: str):
 
 @dataclass(frozen=True)
 class Settings:
-    """One flag each; the text says what moving it does. None: RECIPES has the value for the model's size."""
+    """One flag each; the text says what moving it does. None: `completed` sets it, by model and machine."""
     model: str = flag("nano", "nano, a name openai-whisper knows (small, medium, ...), or a .pt file")
     data: str = flag("mini_hi", "mini_hi, cv11_hi, or a folder with train.tsv, dev.tsv, test.tsv and clips/")
     data_dir: str = flag("", "where cv11_hi lies; the variable CV11_HI does the same")
@@ -752,7 +752,7 @@ class Settings:
     l2: float = flag(0.5, "strength on groups, in units of the gradient: higher empties more of them")
     groups: str = flag("unit", "unit: neurons and head dimensions; column: the paper's wording", *GROUPS)
     target: float = flag(None, "share of the block parameters to remove; 0 leaves the size to --z1")
-    cuts: int = flag(None, "steps in which groups go, each fitted anew: more suit a small model (nano 6, others 1)")
+    cuts: int = flag(None, "rounds in which groups go, each fitted anew: more suit a small model (nano 6, others 1)")
     turn_above: float = flag(None, "heads are turned, so that more can go, above this target (nano 0, others 0.5)")
     z1: float = flag(-0.25, "pass 1 with --target 0, standard deviations from the mean: higher removes more")
     z2: float = flag(-1.0, "pass 2, standard deviations from the mean |w|: higher zeroes more weights")
