@@ -450,14 +450,15 @@ def rivals(arms: tuple = ("35%", "50%", *(arm for arm in RIVALS if arm not in MO
     """What else one would do with as many steps, beside TSPAR."""
     rows = results(RESULTS / f"{data}-0.json")
     of = rows["dense"]["block_parameters"]
-    lines = [f"| {data} | in blocks | memory | encoder | 24 tokens | WER (95%) | WER - dense (95%) |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [f"| {data} | in blocks | FLOPs | memory | encoder | 24 tokens | WER (95%) | WER - dense (95%) |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for arm in [arm for arm in arms if arm in rows]:
         name = f"TSPAR, {arm}" if arm[0].isdigit() else arm.replace("tuned", "dense, 250 steps only")
         shape = "dense" if arm == "tuned" or "IMP" in arm else arm.removesuffix(", fitted only")       # timed as
         cells = line(name, f"{data}-0 {shape}", rows[arm], rows["dense"]).split(" | ")
         share = f"{rows[arm]['block_parameters'] / 1e6:.1f} M ({rows[arm]['block_parameters'] / of - 1:.0%})"
-        lines.append(" | ".join([cells[0], share, f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB", *cells[3:]]))
+        paper = [f"{rows[arm]['flops'] / 1e9:.1f} G", f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB"]
+        lines.append(" | ".join([cells[0], share, *paper, *cells[3:]]))
     return "\n".join(lines)
 
 
