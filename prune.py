@@ -7,7 +7,7 @@
     prune.save(model, "pruned.pt")            # prune.load("pruned.pt") brings it back
 
 That goes by norms. With the mean squared gradients h that Adam has kept in training, groups go by what they cost, and
-with training clips (mels, ids) what stays is fitted to the model before. Far more can go before the model breaks:
+with training clips (mels, ids) what stays is fitted to the unpruned model. Far more can go before the model breaks:
 
     h = {name: adam.state[p]["exp_avg_sq"] / (1 - beta2 ** adam.state[p]["step"])
          for name, p in model.named_parameters() if p in adam.state}
@@ -50,7 +50,7 @@ A group may also be one column, name -> [(weight, 1)], as the paper words it. A 
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
 key, value and mlp.0 read what others read too, which stays, and become a `SelectingLinear`. `vocabulary_`, `window_`
 cut outside the blocks. Source: TSPAR, arXiv 2510.12666, no code published: two passes and thresholds from mean and std
-are the paper's, (1), (2), pooling and floor our reading of it, (3) to (5) our own.
+are the paper's; (1), (2), pooling and floor are our reading of it; (3) to (5) are not in it.
 """
 import math
 import os
