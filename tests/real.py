@@ -16,7 +16,9 @@ and texts stay in runs/real/.
 """
 import argparse
 import copy
+import importlib.util
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -50,7 +52,6 @@ DATA = {"so762": ("--language", "en", "--lr", "2.5e-5", "--vocabulary", "full"),
 
 def begin(model: Path, data: Path, seed: int, name: str, *flags: str) -> tuple:
     """Settings of all arms, and the model as OpenAI made it, with its window cut. Results go to the file `name`."""
-    run.need(data.name in DATA, f"--data {data}: the study has settings for the folders {' and '.join(DATA)}")
     out = ROOT / "runs/real" / name
     (out / "state").mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -90,16 +91,19 @@ def measured(arm: str, model: torch.nn.Module, clips: run.Clips, s: run.Settings
 
 def arms(model: Path, data: Path, seed: int, *words: str) -> None:
     """Train, prune, recover, measure; what a file of RESULTS has already is not done again. Words are arms (without
-    any: tuned, which is dense after the first phase, dense, and README's two sizes), or flags: then tuned alone."""
+    any: ALL of them, tuned being dense after the first phase), or flags: then tuned alone."""
     flags = [word.strip("-") for word in words] if words and words[0].startswith("--") else []
     name = "-".join([data.name, str(seed), *flags])
+    todo = [arm for arm in (["tuned"] if flags else words or ALL) if arm not in results(RESULTS / f"{name}.json")]
+    for arm in todo:
+        run.need(arm in ALL or re.match(r"\d\d%|dense, ", arm), f"{arm} is no arm; known are {', '.join(ALL)}")
+    if not todo:
+        return print(f"{RESULTS / name}.json has all of these; --study without --model shows the tables")
     s, original = begin(model, data, seed, name, *(words if flags else ()))
     train, test = (run.Clips(original, split, s) for split in ("train", "test"))
     tuned = run.prepared(copy.deepcopy(original), train, s)
     first = run.fine_tune(tuned, train, s, "dense: fine-tune")
-    for arm in ["tuned"] if flags else words or ("tuned", "dense", "50%", "35%"):
-        if arm in results(RESULTS / f"{name}.json"):
-            continue
+    for arm in todo:
         model, facts, objective, started = copy.deepcopy(tuned), {}, run.objective, time.time()
         if arm[0].isdigit():
             this = replace(s, target=float(arm[:2]) / 100, z2=-1 if arm == PASS_2 else s.z2,
@@ -185,6 +189,7 @@ def torch_pruning(model: torch.nn.Module, train: run.Clips, s: run.Settings, sco
     Its graph takes dimension j of an attention as one group, row j of query, key, value and column j of out. By hand:
     what it does not know of heads (one width, n_head, the query's scale), and the mean of squared gradients for its
     Hessian scorer, whose accumulate_grad, keyed by names here and by tensors there, keeps the last clip's alone."""
+    run.need(importlib.util.find_spec("torch_pruning"), "Torch-Pruning is not there; its arms come last")
     import torch_pruning as library
     scorer, dims = getattr(library.importance, scorer)(), model.dims
     mel = torch.zeros(1, dims.n_mels, 2 * dims.n_audio_ctx, device=s.device)
@@ -233,6 +238,7 @@ RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "Taylor, 50%
           "fewer layers, 4 and 2": partial(fewer_layers, encoder=4),
           "IMP, 35% zeros": partial(iterative, share=0.35), "IMP, 50% zeros": iterative,
           "IMP, 65% zeros": partial(iterative, share=0.65)}
+ALL = (*ORIGINAL, "tuned", "dense", "20%", "35%", "50%", "65%", *sorted(RIVALS, key=lambda arm: "Torch" in arm))
 
 
 class AdaptiveLasso(SparseGroupLasso):
@@ -611,8 +617,9 @@ def main(words: list[str]) -> None:
     if not given.model or not given.data:
         RESULTS = given.records
         run.need(results(RESULTS / "so762-0.json"), f"--from {RESULTS} has no so762-0.json; give tests/data/real")
-        print("\n\n".join(made() for made in TABLES.values()))
-    elif given.words and given.words[0] in TOOLS:
+        return print("\n\n".join(made() for made in TABLES.values()))
+    run.need(given.data.name in DATA, f"--data {given.data}: the study knows {' and '.join(DATA)}, as folders' names")
+    if given.words and given.words[0] in TOOLS:
         TOOLS[given.words[0]](given.model, given.data, *given.words[1:])
     else:
         arms(given.model, given.data, given.seed, *given.words)

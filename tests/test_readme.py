@@ -33,8 +33,14 @@ def test_study_of_what_it_does_not_know(capfd, tmp_path):
     assert run.main(["--study", "--from", str(tmp_path)]) == 2
     empty, = capfd.readouterr().err.splitlines()
     assert "so762-0.json" in empty
-    with pytest.raises(run.Stop, match="so762 and hi_kokoro"):
-        real.main(["--model", "nano.pt", "--data", str(tmp_path)])
+    for data, arm, said in ((tmp_path, "20%", "so762 and hi_kokoro"), ("so762", "Taylor", "Taylor is no arm")):
+        with pytest.raises(run.Stop, match=said):
+            real.main(["--model", "nano.pt", "--data", str(data), arm])
+
+
+def test_study_does_nothing_twice(capsys):
+    real.main(["--model", "nowhere.pt", "--data", "nowhere/so762", "20%", "Taylor, 35%"])
+    assert "so762-0.json has all of these" in capsys.readouterr().out
 
 
 def test_figures_in_the_text_are_stored():
