@@ -77,7 +77,7 @@ def test_figures_in_the_text_are_stored():
     said = f"(35%: {np.mean(little):.1f}, 65%: {np.mean(cost):.1f} points.)"
     assert said in text and len(cost) == len(little) == 3
     turned = [rows["so762-0"][arm]["wer"] for arm in ("65%", real.NOT_TURNED)]
-    assert "65% removed has {:.1f}% WER in English then, {:.1f}% with heads as they are".format(*turned) in text
+    assert "65% removed has {:.1f}% WER in English, not {:.1f}%".format(*turned) in text
     assert "half gone: {:.1f}, {:.1f} to {:.1f})".format(*distance("so762-0", "Taylor, 50%", "50%")) in text
     assert "in Hindi {:.1f} less ({:.1f} to {:.1f})".format(*distance("hi_kokoro-0", "IMP, 50% zeros", "50%")) in text
     more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
