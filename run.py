@@ -875,12 +875,12 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0 when done; 2 and one line on stderr for bad input, 1 for what failed on the way, 130 when interrupted."""
     given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["--study"]:                 # base against its rivals: no part of the method
-        return subprocess.run([sys.executable, ROOT / "tests/real.py", *given[1:]]).returncode
     before, again = signal.signal(signal.SIGTERM, signal.default_int_handler), "the same command with --resume goes on"
     if hasattr(sys.stdout, "reconfigure"):       # a terminal without Devanagari must not end hours of work
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if given[:1] == ["--study"]:             # base against its rivals: no part of the method
+            return subprocess.run([sys.executable, ROOT / "tests/real.py", *given[1:]]).returncode
         s = settings(given)
         if WORLD > 1:
             torch.cuda.set_device(s.device) if s.device != "cpu" else None
