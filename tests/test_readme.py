@@ -106,7 +106,7 @@ def test_figures_in_the_text_are_stored():
         *(whole[part] / small[part] for part in ("encoder", "greedy"))) in text
     assert f"encodes English in {rows['latency'][real.HALF_30]['encoder']:.0f} ms" in text
     beam = [rows["same-texts"][data]["beam 5"] for data in ("hi_kokoro", "so762")]
-    assert "with beam 5 {} in Hindi, {} in English".format(*beam) in text
+    assert "with beam 5 all {} in Hindi, {} in English".format(*beam) in text
     stored = {f"{row['cross_entropy']:.3f}" for name in ("refit", "recovery") for row in rows[name].values()
               if isinstance(row, dict)}
     told = text[text.index("**What read the"):text.index("**The penalty is off")]
