@@ -102,7 +102,7 @@ def run(s: Settings) -> None:
 
     surplus = flops.parameters(imp)["blocks_nonzero"] - flops.parameters(pruned)["blocks_nonzero"]
     there = torch.cat([keep.flatten() for _, keep in prune.zeros(imp)])        # False: a zero the checkpoint came with
-    gone = surplus + (~there).sum().item()
+    gone = surplus + (~there).sum().item()       # so that imp is left with as many nonzero ones as tspar
     iterative_magnitude(imp, train, s, min(max(0.0, gone / len(there)), 1 - 1e-6))
 
     if RANK == 0:
