@@ -74,7 +74,8 @@ def test_figures_in_the_text_are_stored():
     cost = [row["tspar test"] - row["dense test"] for row in rows["nano-65"]
             if row["steps"] == "300 + 1000" and "heads turned" in row["flags"]]
     little = [row["tspar test"] - row["dense test"] for row in rows["nano-seeds"] if row["steps"] == "300 + 1000, 35%"]
-    said = f"(35%: {np.mean(little):.1f}, 65%: {np.mean(cost):.1f} points.)"
+    half = [row["difference"][0] for row in rows["nano-seeds"] if row["steps"] == "300 + 1000"]
+    said = f"(means: 35% {np.mean(little):.1f}, 50% {np.mean(half):.1f}, 65% {np.mean(cost):.1f} points)"
     assert said in text and len(cost) == len(little) == 3
     turned = [rows["so762-0"][arm]["wer"] for arm in ("65%", real.NOT_TURNED)]
     assert "65% removed has {:.1f}% WER in English, not {:.1f}%".format(*turned) in text
@@ -98,7 +99,7 @@ def test_figures_in_the_text_are_stored():
     dense, tspar = ([row[f"{name} test"] for row in nano] for name in ("dense", "tspar"))
     said = f"dense has {min(dense):.1f}% to {max(dense):.1f}% WER, tspar {min(tspar):.1f}% to {max(tspar):.1f}%"
     assert said in text and len(nano) == 10 and "In ten runs" in text
-    assert [row["difference"][1] > 0 for row in nano].count(True) == 3 and "in three of them the loss shows" in text
+    assert [row["difference"][1] > 0 for row in nano].count(True) == 1 and "in one of them the loss shows" in text
     tuned = [rows[f"so762-{seed}"]["tuned"]["wer"] for seed in range(3)]
     assert "dense has {:.1f}% (seeds 1, 2: {:.1f}%, {:.1f}%)".format(*tuned) in text
     whole, small = rows["latency"]["as OpenAI made it, 30 s"], rows["latency"]["hi_kokoro-0 50%"]
