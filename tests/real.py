@@ -461,7 +461,8 @@ def rivals(arms: tuple = ("35%", "50%", *(arm for arm in RIVALS if arm not in MO
     for arm in [arm for arm in arms if arm in rows]:
         name = f"TSPAR, {arm}" if arm[0].isdigit() else arm.replace("tuned", "dense, 250 steps only")
         shape = "dense" if arm == "tuned" or "IMP" in arm else arm.removesuffix(", fitted only")       # timed as
-        cells = line(name, f"{data}-0 {shape}", rows[arm], rows["dense"]).split(" | ")
+        key = STOCK[0] if arm == "dense" + WIDE else f"{data}-0 {shape}"
+        cells = line(name, key, rows[arm], rows["dense"]).split(" | ")
         share = f"{rows[arm]['block_parameters'] / 1e6:.1f} M ({rows[arm]['block_parameters'] / of - 1:.0%})"
         paper = [f"{rows[arm]['flops'] / 1e9:.1f} G", f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB"]
         lines.append(" | ".join([cells[0], share, *paper, *cells[3:]]))
