@@ -60,7 +60,7 @@ from tspar import SparseGroupLasso, columns
 MODELS = {"original": "the checkpoint as it came; the others start from it",
           "dense": "fine-tuned, nothing removed: what tspar has to match",
           "tspar": "fine-tuned, pruned in two passes, recovered: its matrices are smaller",
-          "imp": "single weights set to zero until as few are left, recovered"}
+          "imp": "single weights set to zero, as many left as in tspar, recovered"}
 GROUPS = {"unit": prune.units, "column": columns}       # what is penalized, pruned: name -> [(parameter, axis), ...]
 CALIBRATION = 480                           # clips that refit_ looks at, balance_ at a third of them
 IMP_ROUNDS = 2                              # 1, 5, 10 rounds in as many steps were worse on nano's dev

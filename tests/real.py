@@ -96,7 +96,8 @@ def arms(model: Path, data: Path, seed: int, *words: str) -> None:
     name = "-".join([data.name, str(seed), *flags])
     todo = [arm for arm in (["tuned"] if flags else words or ALL) if arm not in results(RESULTS / f"{name}.json")]
     for arm in todo:
-        run.need(arm in ALL or re.match(r"\d\d%|dense, ", arm), f"{arm} is no arm; known are {', '.join(ALL)}")
+        run.need(arm in (*ALL, PASS_2, NOT_TURNED, TURNED) or ANY_SHARE.fullmatch(arm),
+                 f"{arm} is no arm; known are {', '.join(ALL)}")
     if not todo:
         return print(f"{RESULTS / name}.json has all of these; --study without --model shows the tables")
     s, original = begin(model, data, seed, name, *(words if flags else ()))
@@ -239,6 +240,7 @@ RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "Taylor, 50%
           "IMP, 35% zeros": partial(iterative, share=0.35), "IMP, 50% zeros": iterative,
           "IMP, 65% zeros": partial(iterative, share=0.65)}
 ALL = (*ORIGINAL, "tuned", "dense", "20%", "35%", "50%", "65%", *sorted(RIVALS, key=lambda arm: "Torch" in arm))
+ANY_SHARE = re.compile(r"[1-9]\d%(, fitted only|, distilled)?(, 30 s)?|dense, 30 s")
 
 
 class AdaptiveLasso(SparseGroupLasso):
@@ -464,8 +466,8 @@ def rivals(arms: tuple = ("35%", "50%", *(arm for arm in RIVALS if arm not in MO
         key = STOCK[0] if arm == "dense" + WIDE else f"{data}-0 {shape}"
         cells = line(name, key, rows[arm], rows["dense"]).split(" | ")
         share = f"{rows[arm]['block_parameters'] / 1e6:.1f} M ({rows[arm]['block_parameters'] / of - 1:.0%})"
-        paper = [f"{rows[arm]['flops'] / 1e9:.1f} G", f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB"]
-        lines.append(" | ".join([cells[0], share, *paper, *cells[3:]]))
+        costs = [f"{rows[arm]['flops'] / 1e9:.1f} G", f"{rows[arm]['memory_bytes'] / 1e6:.0f} MB"]
+        lines.append(" | ".join([cells[0], share, *costs, *cells[3:]]))
     return "\n".join(lines)
 
 
@@ -615,11 +617,14 @@ def main(words: list[str]) -> None:
         parser.add_argument(flag, type=Path, default=default, dest=flag.strip("-").replace("from", "records"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("words", nargs="*")
+    parser.error = lambda message: run.need(False, f"{message}; see python run.py --study --help")
     given = parser.parse_args(words)
-    if not given.model or not given.data:
+    if given.model is given.data is None and not given.words:
         RESULTS = given.records
         run.need(results(RESULTS / "so762-0.json"), f"--from {RESULTS} has no so762-0.json; give tests/data/real")
         return print("\n\n".join(made() for made in TABLES.values()))
+    run.need(given.model and given.data, "--model BASE.pt and --data FOLDER go together, and arms need both; without all "
+             "of these the tables of --from are printed")
     run.need(given.data.name in DATA, f"--data {given.data}: the study knows {' and '.join(DATA)}, as folders' names")
     if given.words and given.words[0] in TOOLS:
         TOOLS[given.words[0]](given.model, given.data, *given.words[1:])

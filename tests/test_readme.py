@@ -33,9 +33,12 @@ def test_study_of_what_it_does_not_know(capfd, tmp_path):
     assert run.main(["--study", "--from", str(tmp_path)]) == 2
     empty, = capfd.readouterr().err.splitlines()
     assert "so762-0.json" in empty
-    for data, arm, said in ((tmp_path, "20%", "so762 and hi_kokoro"), ("so762", "Taylor", "Taylor is no arm")):
+    both = ["--model", "nano.pt", "--data"]
+    for words, said in (([*both, str(tmp_path), "20%"], "so762 and hi_kokoro"), (["20%"], "go together"),
+                        ([*both, "so762", "Taylor"], "Taylor is no arm"), (["--modle", "x"], "--study --help"),
+                        ([*both, "so762", "20%, with pass 2"], "with pass 2 is no arm"), (both[:2], "go together")):
         with pytest.raises(run.Stop, match=said):
-            real.main(["--model", "nano.pt", "--data", str(data), arm])
+            real.main(words)
 
 
 def test_study_does_nothing_twice(capsys):
