@@ -623,8 +623,8 @@ def main(words: list[str]) -> None:
         RESULTS = given.records
         run.need(results(RESULTS / "so762-0.json"), f"--from {RESULTS} has no so762-0.json; give tests/data/real")
         return print("\n\n".join(made() for made in TABLES.values()))
-    run.need(given.model and given.data, "--model BASE.pt and --data FOLDER go together, and arms need both; with none "
-             "of them the tables of --from are printed")
+    run.need(given.model and given.data, "--model BASE.pt and --data FOLDER go together, and arms need both; "
+             "with none of them the tables of --from are printed")
     run.need(given.data.name in DATA, f"--data {given.data}: the study knows {' and '.join(DATA)}, as folders' names")
     if given.words and given.words[0] in TOOLS:
         TOOLS[given.words[0]](given.model, given.data, *given.words[1:])
