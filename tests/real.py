@@ -233,6 +233,7 @@ RIVALS = {"the paper's wording, 35%": paper, "Taylor, 35%": taylor, "Taylor, 50%
           "Torch-Pruning's Taylor, 35%": partial(torch_pruning, scorer="GroupTaylorImportance"),
           "Torch-Pruning's Taylor, 50%": partial(torch_pruning, scorer="GroupTaylorImportance", share=0.5),
           "Torch-Pruning's Hessian, 35%": partial(torch_pruning, scorer="GroupHessianImportance"),
+          "Torch-Pruning's Hessian, 50%": partial(torch_pruning, scorer="GroupHessianImportance", share=0.5),
           "L2 layer by layer, 35%": layer_by_layer,
           "L2 layer by layer, 50%": partial(layer_by_layer, share=0.5), "fewer layers": fewer_layers,
           "fewer layers, 4 in the decoder": partial(fewer_layers, decoder=4),
@@ -437,8 +438,8 @@ def seeds() -> str:
     return "\n".join(lines)
 
 
-MORE = ("Torch-Pruning's Taylor, 50%", "Torch-Pruning's Hessian, 35%", "L2 layer by layer, 50%", "IMP, 35% zeros",
-        "IMP, 65% zeros", "fewer layers, 4 in the decoder", "fewer layers, 4 and 2")           # README leaves them out
+MORE = ("Torch-Pruning's Taylor, 50%", "Torch-Pruning's Hessian, 35%", "Torch-Pruning's Hessian, 50%",
+        "L2 layer by layer, 50%", "IMP, 35% zeros", "IMP, 65% zeros", "fewer layers, 4 in the decoder", "fewer layers, 4 and 2")           # README leaves them out
 
 
 def rival_seeds() -> str:

@@ -68,10 +68,12 @@ def test_figures_in_the_text_are_stored():
     for data in ("so762", "hi_kokoro"):
         assert rows["distilled"][data]["wer"] > rows[f"{data}-0"]["50%"]["wer"]
     for rival, said in (("fewer layers", "less than fewer layers"), ("Taylor, 35%", "points less WER than Taylor"),
-                        ("Torch-Pruning's Taylor, 35%", "less than Torch-Pruning")):
+                        ("Torch-Pruning's Taylor, 35%", "less than Torch-Pruning's Taylor")):
         less, low, high = distance("so762-0", rival, "35%")
         assert f"{less:.1f} {said} ({low:.1f} to {high:.1f}" in text
-    assert "it breaks base: {:.1f}%".format(rows["so762-0"]["Torch-Pruning's Taylor, 50%"]["wer"]) in text
+    assert "half gone it breaks base: {:.1f}%".format(rows["so762-0"]["Torch-Pruning's Taylor, 50%"]["wer"]) in text
+    hessian = distance("so762-0", "Torch-Pruning's Hessian, 50%", "50%")
+    assert "its Hessian has {:.1f} more, {:.1f} to {:.1f})".format(*hessian) in text
     halved = rows["so762-0"]["fewer layers, 4 and 2"]["wer"]
     assert f"half gone, four layers and two, they break it: {halved:.1f}%" in text
     cost = [row["tspar test"] - row["dense test"] for row in rows["nano-65"]
