@@ -439,7 +439,8 @@ def seeds() -> str:
 
 
 MORE = ("Torch-Pruning's Taylor, 50%", "Torch-Pruning's Hessian, 35%", "Torch-Pruning's Hessian, 50%",
-        "L2 layer by layer, 50%", "IMP, 35% zeros", "IMP, 65% zeros", "fewer layers, 4 in the decoder", "fewer layers, 4 and 2")           # README leaves them out
+        "L2 layer by layer, 50%", "IMP, 35% zeros", "IMP, 65% zeros", "fewer layers, 4 in the decoder",
+        "fewer layers, 4 and 2")                         # README leaves them out
 
 
 def rival_seeds() -> str:
