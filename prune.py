@@ -499,19 +499,16 @@ def expand(model: Whisper) -> Whisper:
     new = Whisper(model.dims).to(model.device).train(model.training)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     state[ROWS] = _all_rows(model.decoder) if isinstance(model.decoder, KeptDecoder) else state[ROWS]
-    slots = {}                             # attention name -> where its rows go
-    for name, attn in _modules(model, MultiHeadAttention):
-        full, width = (len(a.query.weight) // a.n_head for a in (new.get_submodule(name), attn))
-        slots[name] = (torch.arange(attn.n_head)[:, None] * full + torch.arange(width)).flatten()
-        state[f"{name}.query.weight"] *= (full / width) ** 0.5
-        state[f"{name}.query.bias"] *= (full / width) ** 0.5
-    for name, linear in _modules(model, nn.Linear):
-        stem, _, leaf = name.rpartition(".")
-        rows = slots[stem] if leaf in ("query", "key", "value") else torch.arange(linear.out_features)
-        columns = slots[stem] if leaf == "out" else getattr(linear, "index", torch.arange(linear.in_features))
-        for p in [f"{name}.{leaf}" for leaf, _ in linear.named_parameters()]:
-            old, state[p] = state[p], state[p].new_zeros(new.get_parameter(p).shape)
-            state[p][(rows[:, None], columns) if old.ndim == 2 else rows] = old
+    for name, linear in _modules(model, SelectingLinear):
+        wide = linear.weight.new_zeros(linear.out_features, new.get_submodule(name).in_features)
+        state[f"{name}.weight"] = wide.index_copy_(1, linear.index, linear.weight)
+    for name in _unit_names(model):        # zeros go to the end of each head, and of all heads; neurons are one head
+        heads, of = (getattr(m.get_submodule(name.rpartition(".")[0]), "n_head", 1) for m in (model, new))
+        for p, axis in _members(name):
+            x, full = state[p].movedim(axis, -1).unflatten(-1, (heads, -1)), new.get_parameter(p).shape[axis] // of
+            x = x * (full / x.shape[-1]) ** 0.5 if ".query." in p else x
+            x = nn.functional.pad(x, (0, full - x.shape[-1], 0, of - heads))
+            state[p] = x.flatten(-2).movedim(-1, axis).contiguous()
     new.load_state_dict({name: state[name] for name in new.state_dict()}, assign=True)     # no index, row_of, kept_ids
     new.alignment_heads = model.alignment_heads.clone()
     for name, p in new.named_parameters():
