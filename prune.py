@@ -55,6 +55,7 @@ are the paper's; (1), (2), pooling and floor are our reading of it; (3) to (5) a
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -272,37 +273,31 @@ def balance_(model: Whisper, batches: list[tuple[Tensor, Tensor]], curvature: di
     ValueError without batches, and what two_pass raises."""
     if not batches:
         raise ValueError("balance_ needs batches of (mels, ids)")
-    norms, h, moments, hooks = two_pass(model, z2=None, curvature=curvature).norms, dict(curvature), {}, []
-    for name, attn in _modules(model, MultiHeadAttention):
-        def add(linear: nn.Module, inputs: tuple, output: Tensor, attn: MultiHeadAttention = attn) -> None:
-            x = (inputs[0] if linear is attn.out else output).double()     # sums in float32 may have no root
-            x = (x - x.mean(1, keepdim=True) if linear is attn.key else x).unflatten(-1, (attn.n_head, -1))
-            moments[linear] = moments.get(linear, 0) + torch.einsum("bthi,bthj->hij", x, x)
-        hooks += [linear.register_forward_hook(add) for linear in (attn.query, attn.key, attn.out)]
-    try:
+    norms, h, moments = two_pass(model, z2=None, curvature=curvature).norms, dict(curvature), {}
+    with ExitStack() as hooks:
+        for _, attn in _modules(model, MultiHeadAttention):
+            def add(linear: nn.Module, inputs: tuple, output: Tensor, attn: MultiHeadAttention = attn) -> None:
+                x = (inputs[0] if linear is attn.out else output).double()     # sums in float32 may have no root
+                x = (x - x.mean(1, keepdim=True) if linear is attn.key else x).unflatten(-1, (attn.n_head, -1))
+                moments[linear] = moments.get(linear, 0) + torch.einsum("bthi,bthj->hij", x, x)
+            for linear in (attn.query, attn.key, attn.out):
+                hooks.enter_context(linear.register_forward_hook(add))
         for mels, ids in batches:
             model.decoder(ids, model.encoder(mels))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, group in units(model).items():
-        stem, _, kind = name.rpartition(".")
-        if kind == "mlp":
-            continue
-        attn = model.get_submodule(stem)
-        (weight, _), (bias, _), (other, axis) = group
+    for stem, attn in _modules(model, MultiHeadAttention):
         by_head = lambda p: p.double().unflatten(0, (attn.n_head, -1))     # (n_head, dimensions of a head, others)
-        V = by_head(other.movedim(axis, 0))
-        A, B = (moments[attn.query], moments[attn.key]) if kind == "qk" else (moments[attn.out], V @ V.mT)
-        T, inverse, square = _balancing(A, B)
-        weight.copy_((T @ by_head(weight)).flatten(0, 1))
-        bias.copy_((T @ by_head(bias)[..., None]).flatten())
-        other.movedim(axis, 0).copy_((inverse.mT @ V).flatten(0, 1))
-        cost = norms[name].to(square).view(square.shape).square().sum(1, keepdim=True)
-        cost = (cost * square / square.sum(1, keepdim=True)).flatten()
-        size = sum(p.double().square().reshape(len(p), -1).sum(1 - axis) for p, axis in group)
-        for (p, axis), (member, _) in zip(group, _members(name)):
-            h[member] = (cost / size.clamp(min=1e-30)).float().view(-1, *[1] * (p.ndim - 1 - axis)).expand_as(p)
+        for kind, A in (("qk", moments[attn.query]), ("vo", moments[attn.out])):
+            (weight, _), (bias, _), (other, axis) = group = [(attn.get_parameter(p), axis) for p, axis in PARTS[kind]]
+            V = by_head(other.movedim(axis, 0))
+            T, inverse, square = _balancing(A, moments[attn.key] if kind == "qk" else V @ V.mT)
+            weight.copy_((T @ by_head(weight)).flatten(0, 1))
+            bias.copy_((T @ by_head(bias)[..., None]).flatten())
+            other.movedim(axis, 0).copy_((inverse.mT @ V).flatten(0, 1))
+            size = sum(p.double().square().reshape(len(p), -1).sum(1 - axis) for p, axis in group)
+            cost = norms[f"{stem}.{kind}"].to(square).view(square.shape).square().sum(1, keepdim=True)
+            cost = (cost * square / square.sum(1, keepdim=True)).flatten() / size.clamp(min=1e-30)
+            for (p, axis), (leaf, _) in zip(group, PARTS[kind]):
+                h[f"{stem}.{leaf}"] = cost.float().view(-1, *[1] * (p.ndim - 1 - axis)).expand_as(p)
     return h
 
 
