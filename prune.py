@@ -54,7 +54,7 @@ are the paper's; (1), (2), pooling and floor are our reading of it; (3) to (5) a
 """
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
@@ -332,49 +332,43 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}; give a number from 0")
     torch.clear_autocast_cache()           # it may hold weights as they were before mask_
-    audio = [(None, None)] * len(batches)
-    for side, sublayers in {"encoder": ("attn", "mlp"), "decoder": ("attn", "cross_attn", "mlp")}.items():
-        x = [[_embedded(m, side, *batch) for m in (before, model)] for batch in batches]
-        for old, new in zip(getattr(before, side).blocks, getattr(model, side).blocks):
-            for name in sublayers:
-                (*_, reader_old), (*_, reader) = getattr(old, name).children(), getattr(new, name).children()
-                M = C = 0
-                for (x_old, x_new), (audio_old, audio_new) in zip(x, audio):
-                    x_old += reader_old(_read(before, old, name, x_old, audio_old))
-                    u = _read(model, new, name, x_new, audio_new)
-                    some = slice(None, None, max(1, x_new.shape[1] // 128) if side == "encoder" else 1)
-                    u = nn.functional.pad(u[:, some].float(), (0, 1), value=1).flatten(0, 1)
-                    with torch.autocast(u.device.type, enabled=False):     # sums in bf16 are not positive definite
-                        M, C = M + u.T @ u, C + (x_old - x_new)[:, some].flatten(0, 1).T @ u
-                power, W = M.diagonal(), torch.cat([reader.weight, reader.bias[:, None]], 1)
-                r = ridge * power[power > 0].mean()
-                M.diagonal().add_(r)
-                W = torch.linalg.solve(M.double(), (C + r * W).T.double()).T.to(W.dtype)
-                reader.weight.copy_(W[:, :-1])
-                reader.bias.copy_(W[:, -1])
-                for (_, x_new), (_, audio_new) in zip(x, audio):           # computed again: to keep u takes gigabytes
-                    x_new += reader(_read(model, new, name, x_new, audio_new))
-        if side == "encoder":
-            audio = [(before.encoder.ln_post(x_old), model.encoder.ln_post(x_new)) for x_old, x_new in x]
+    for sublayer in zip(*[zip(_sublayers(before, *batch), _sublayers(model, *batch)) for batch in batches]):
+        M = C = 0
+        for (x_old, reader_old, read_old, step), (x, reader, read, _) in sublayer:
+            x_old += reader_old(read_old())
+            u = nn.functional.pad(read()[:, ::step].float(), (0, 1), value=1).flatten(0, 1)
+            with torch.autocast(u.device.type, enabled=False):             # sums in bf16 are not positive definite
+                M, C = M + u.T @ u, C + (x_old - x)[:, ::step].flatten(0, 1).T @ u
+        power, W = M.diagonal(), torch.cat([reader.weight, reader.bias[:, None]], 1)
+        r = ridge * power[power > 0].mean()
+        M.diagonal().add_(r)
+        W = torch.linalg.solve(M.double(), (C + r * W).T.double()).T.to(W.dtype)
+        reader.weight.copy_(W[:, :-1])
+        reader.bias.copy_(W[:, -1])
+        for _, (x, _, read, _) in sublayer:
+            x += reader(read())            # computed again: to keep u takes gigabytes
     return model
 
 
-def _embedded(model: Whisper, side: str, mels: Tensor, ids: Tensor) -> Tensor:
-    """What enters the first block of a side."""
-    if side == "encoder":
-        encoder, gelu = model.encoder, nn.functional.gelu
-        return gelu(encoder.conv2(gelu(encoder.conv1(mels)))).permute(0, 2, 1).float() + encoder.positional_embedding
-    rows = model.decoder.rows(ids) if isinstance(model.decoder, KeptDecoder) else ids
-    return (model.decoder.token_embedding(rows) + model.decoder.positional_embedding[: ids.shape[1]]).float()
+def _sublayers(model: Whisper, mels: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, nn.Linear, Callable, int]]:
+    """Whisper's forward, halting at every sublayer: the residual stream, its last Linear, a function that gives what
+    this reads, and 1 in how many positions to look at. To the stream, float32, the caller adds what the Linear says."""
+    def heads(attn: nn.Module, x: Tensor, audio: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        source = x if audio is None else audio
+        return attn.qkv_attention(attn.query(x), attn.key(source), attn.value(source), mask)[0]
 
-
-def _read(model: Whisper, block: nn.Module, name: str, x: Tensor, audio: Tensor | None) -> Tensor:
-    """What the last Linear of a block's attn, cross_attn or mlp reads where the residual stream is x."""
-    sublayer, x = getattr(block, name), getattr(block, f"{name}_ln")(x)
-    if name == "mlp":
-        return sublayer[:2](x)
-    source, mask = (audio, None) if name == "cross_attn" else (x, model.decoder.mask if block.cross_attn else None)
-    return sublayer.qkv_attention(sublayer.query(x), sublayer.key(source), sublayer.value(source), mask)[0]
+    encoder, decoder, gelu = model.encoder, model.decoder, nn.functional.gelu
+    x = gelu(encoder.conv2(gelu(encoder.conv1(mels)))).permute(0, 2, 1).float() + encoder.positional_embedding
+    step = max(1, x.shape[1] // 128)
+    for block in encoder.blocks:
+        yield x, block.attn.out, lambda: heads(block.attn, block.attn_ln(x)), step
+        yield x, block.mlp[2], lambda: block.mlp[:2](block.mlp_ln(x)), step
+    audio, rows = encoder.ln_post(x), decoder.rows(ids) if isinstance(decoder, KeptDecoder) else ids
+    x = (decoder.token_embedding(rows) + decoder.positional_embedding[: ids.shape[1]]).float()
+    for block in decoder.blocks:
+        yield x, block.attn.out, lambda: heads(block.attn, block.attn_ln(x), mask=decoder.mask), 1
+        yield x, block.cross_attn.out, lambda: heads(block.cross_attn, block.cross_attn_ln(x), audio), 1
+        yield x, block.mlp[2], lambda: block.mlp[:2](block.mlp_ln(x)), 1
 
 
 @torch.no_grad()
