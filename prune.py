@@ -16,10 +16,9 @@ with training clips (mels, ids) what stays is fitted to the unpruned model. Far 
     prune.remove_(model, plan)
     prune.refit_(model, before, [(mels, ids)])
 
-A group is what must go together. Neuron j of a feed-forward layer, say, is row j of mlp.0, its bias, and column j of
-mlp.2, which reads it. `units` lists these as X.mlp, X being encoder.blocks.0 and so on, and of each attention X the
-value dimensions (X.vo: row j of value, its bias, column j of out) and the query/key dimensions (X.qk: row j of query,
-its bias, row j of key, which has no bias). With n_j the root mean square of the weights g_j of group j,
+A group is what must go together. Neuron j of a feed-forward layer is row j of mlp.0, its bias, and column j of mlp.2,
+which reads it. `units` lists them as X.mlp, X being encoder.blocks.0 and so on, an attention's value dimensions as
+X.vo, its query/key dimensions as X.qk; PARTS has the members. With n_j the root mean square of its weights g_j,
 
     pass 1   group j goes    where  n_j < max(floor * mean(n), mean(n) + z1 * std(n))                (1)
     pass 2   weight w is 0   where  |w| < mean(|w|) + z2 * std(|w|)    over the groups that stayed   (2)
@@ -38,13 +37,12 @@ Adam keeps. Given that as `curvature`, n_j = sqrt(sum over g_j of w_i^2 h_i), th
 whole group, so divided by no size, and the same after value is multiplied by a and out by 1/a. (Adam sees
 clipped means over a batch, which changes all n_j by about one factor; (1) does not see that.)
 
-Last, the plan is evened (`_even`): whisper splits the rows of an attention into heads of one width, PyTorch fuses
-attention on a CPU only if query/key and value are equally wide, and dense kernels like multiples of 8. So all heads of
-an attention keep as many dimensions, of query/key and of value, as the head that keeps most, rounded up; the best of
-those under the cut fill up the others. Neurons and columns are rounded up too. A head without value dimensions adds
-nothing and goes whole; one without query/key dimensions still averages its values and stays. One head, and `multiple`
-neurons, always stay. `mask_` writes zeros, `remove_` cuts to the same function, `refit_` fits what reads the rest (4).
-Before all that, where much is to go, `balance_` may turn every head into axes of which few do most of its work.
+Last, the plan is evened (`_even`): whisper splits an attention into heads of one width, PyTorch fuses it on a CPU only
+if query/key and value are equally wide, and dense kernels like multiples of 8. So all heads keep as many dimensions,
+of query/key and of value, as the head that keeps most, rounded up like neurons and columns; the best under the cut
+fill up the others. A head without value dimensions adds nothing and goes whole; one without query/key dimensions still
+averages its values and stays. One head and `multiple` neurons always stay. `mask_` writes zeros, `remove_` cuts to the
+same function, `refit_` fits what reads the rest (4), and before them `balance_` may turn heads (5).
 
 A group may also be one column, name -> [(weight, 1)], as the paper words it. A column of out or mlp.2 takes along what
 computes its input, as X.vo or X.mlp; if X.qk is no group, query/key keep their width, so only whole heads go. query,
@@ -165,13 +163,10 @@ def two_pass(model: Whisper, groups: dict[str, Group] | None = None, z1: float =
 
     groups    name -> [(parameter, axis)]: units(model) if None, else any of these and any columns
     z1, z2    standard deviations from the mean; z2=None leaves pass 2 out
-    floor     share of the mean below which a group goes whatever z1 says, >= 0; give 0 with curvature: costs span
-              decades, and 5% of their mean is no small cost
+    floor     share of the mean below which a group goes at any z1, >= 0; with curvature give 0: costs span decades
     multiple  widths are rounded up to it; 1 only evens the heads
-    curvature parameter name -> mean squared gradient, of the parameter's shape, any float dtype: (3) for n_j;
-              None: the norms. Adam's: state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
-    share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`), so that only
-              the order of the n_j counts
+    curvature parameter name -> mean squared gradient (h above), any float dtype, for (3); None: the norms
+    share     of the block parameters that pass 1 has to remove: takes the z1 that does it (`target`)
 
     Raises ValueError on a block weight or a setting that is not finite, on a group of another model, on a share out
     of reach, and on curvature that lacks a parameter of a group, has another shape, or is negative or not finite."""
@@ -323,10 +318,9 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
 
     over all positions of batches, (mels (B, n_mels, frames), ids (B, T): prompt and text, filled up with the end
     token, which counts too: put clips of like length together); of the encoder's, 255 a clip at most, evenly spread;
-    mean_i over the u_i, and the 1 of b, that are not always 0, so that mask_ and remove_ lead to the same function.
-    Single weights that were zeroed are filled again: pass 2 comes after. Both streams of all clips
-    are kept: 8 bytes a position and channel. Returns the model. Raises ValueError without batches, for a ridge below
-    0, if the two are no such pair, or if an id has no row."""
+    mean_i over the u_i, and the 1 of b, that are not always 0, so that mask_ and remove_ lead to the same function. It
+    fills zeros of pass 2, which comes after. Both streams of all clips are kept: 8 bytes a position and channel.
+    Returns the model. ValueError without batches, for a ridge below 0, no such pair, or an id without a row."""
     if _parameters(before).keys() != _parameters(model).keys() or before.dims != model.dims or not batches:
         raise ValueError("refit_ needs batches of (mels, ids) and two models with as many layers, of one width")
     if not ridge >= 0:
@@ -352,7 +346,7 @@ def refit_(model: Whisper, before: Whisper, batches: list[tuple[Tensor, Tensor]]
 
 def _sublayers(model: Whisper, mels: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, nn.Linear, Callable, int]]:
     """Whisper's forward, halting at every sublayer: the residual stream, its last Linear, a function that gives what
-    this reads, and 1 in how many positions to look at. To the stream, float32, the caller adds what the Linear says."""
+    this reads, and 1 in how many positions to look at. The caller adds to the stream what the Linear says."""
     def heads(attn: nn.Module, x: Tensor, audio: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         source = x if audio is None else audio
         return attn.qkv_attention(attn.query(x), attn.key(source), attn.value(source), mask)[0]
