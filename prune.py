@@ -268,7 +268,7 @@ def balance_(model: Whisper, batches: list[tuple[Tensor, Tensor]], curvature: di
     ValueError without batches, and what two_pass raises."""
     if not batches:
         raise ValueError("balance_ needs batches of (mels, ids)")
-    norms, h, moments = two_pass(model, z2=None, curvature=curvature).norms, dict(curvature), {}
+    norms, h, moments = _norms(model, units(model), curvature), dict(curvature), {}
     with ExitStack() as hooks:
         for _, attn in _modules(model, MultiHeadAttention):
             def add(linear: nn.Module, inputs: tuple, output: Tensor, attn: MultiHeadAttention = attn) -> None:
@@ -519,7 +519,7 @@ def _unit_names(model: Whisper) -> list[str]:
 def _members(name: str) -> list[tuple[str, int]]:
     """(parameter name, axis) of what a group name stands for: X.qk, X.vo, X.mlp, or columns of a Linear."""
     stem, _, kind = name.rpartition(".")
-    return [(f"{stem}.{p}", axis) for p, axis in PARTS[kind]] if kind in PARTS else [(f"{name}.weight", 1)]
+    return [(f"{stem}.{p}", axis) for p, axis in PARTS.get(kind, [(f"{kind}.weight", 1)])]
 
 
 def _modules(model: Whisper, kind: type) -> list[tuple[str, nn.Module]]:
@@ -547,7 +547,7 @@ def _parameters(model: Whisper) -> dict[str, nn.Parameter]:
     return params
 
 
-def _norms(model: Whisper, groups: dict[str, Group], curvature: dict | None = None) -> dict[str, Tensor]:
+def _norms(model: Whisper, groups: dict[str, Group], curvature: dict | None) -> dict[str, Tensor]:
     """n_j of every group, under the name of what goes with it (`_members`)."""
     params = _parameters(model)
     for name, p in params.items():
