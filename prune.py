@@ -262,10 +262,9 @@ def balance_(model: Whisper, batches: list[tuple[Tensor, Tensor]], curvature: di
 
         T A T' = T^-T B T^-1 = S, diagonal, falling           (balanced truncation: Moore 1981)           (5)
 
-    and sum_j S_j^2 is all that a head says, squared: the sum of its (q'k)^2, or of its |V u|^2; no other axes put as
-    much into the first ones. What a head costs, the sum of its n_j^2 by (3), is divided among them in that ratio. The
-    curvature returned, float32, is one number for all weights of a dimension, and the given one outside heads. Raises
-    ValueError without batches, and what two_pass raises."""
+    and sum_j S_j^2 is the sum of the head's (q'k)^2, or of its |V u|^2: no other axes put as much into the first ones.
+    What a head costs, the sum of its n_j^2 by (3), is divided in that ratio: the curvature returned, float32, is one
+    number a dimension, and the given one outside heads. Raises ValueError without batches and what two_pass raises."""
     if not batches:
         raise ValueError("balance_ needs batches of (mels, ids)")
     norms, h, moments = _norms(model, units(model), curvature), dict(curvature), {}
