@@ -80,6 +80,13 @@ def test_figures_in_the_text_are_stored():
     assert "65% removed has {:.1f}% WER in English, not {:.1f}%".format(*turned) in text
     assert "half gone: {:.1f}, {:.1f} to {:.1f})".format(*distance("so762-0", "Taylor, 50%", "50%")) in text
     assert "in Hindi {:.1f} less ({:.1f} to {:.1f})".format(*distance("hi_kokoro-0", "IMP, 50% zeros", "50%")) in text
+    wer = [rows[f"hi_kokoro-{seed}"][arm]["wer"] for arm in ("Taylor, 35%", "35%") for seed in range(2)]
+    assert "as well at 35% ({:.1f}%, seed 1: {:.1f}%; TSPAR {:.1f}%, {:.1f}%)".format(*wer) in text
+    for seed in range(2):                        # as well: each interval includes zero
+        _, low, high = distance(f"hi_kokoro-{seed}", "Taylor, 35%", "35%")
+        assert low < 0 < high
+    halves = *distance("hi_kokoro-0", "Taylor, 50%", "50%"), distance("hi_kokoro-1", "Taylor, 50%", "50%")[0]
+    assert "not at half: {:.1f} more ({:.1f} to {:.1f}; seed 1: {:.1f})".format(*halves) in text
     more, low, high = distance("so762-0", "50%", "IMP, 50% zeros")
     assert f"{more:.1f} points more than half zero ({low:+.1f} to {high:+.1f})" in text
     for name, x in rows["penalties"].items():
