@@ -66,7 +66,7 @@ def one_encoding(text: str) -> str:
         text = text.translate({ord(char): None for char in rare
                                if unicodedata.category(char) == "Cf" or INVISIBLE.match(char)})
         text = RAISED.sub(r"^\1", text)
-        for typed, meant in zip("´º˚™٪٫ॐ‐‑", ["'", "°", "°", " ", "%", ".", "ओम", "-", "-"]):    # NFKC makes an o of º
+        for typed, meant in zip("´\u1ffdº˚™٪٫ॐ‐‑", ["'", "'", "°", "°", " ", "%", ".", "ओम", "-", "-"]):  # º is no o
             text = text.replace(typed, meant)
     if len(text) > 4_000:               # unicodedata sorts a run of marks in quadratic time, a sorted one in linear
         def in_order(run: "re.Match[str]") -> str:

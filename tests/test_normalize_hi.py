@@ -34,6 +34,7 @@ def broken_promises(text, **flags):
         "single-spaced": once == " ".join(once.split()),
         "NFC is NFD": normalize(unicodedata.normalize("NFC", text), **flags)
         == normalize(unicodedata.normalize("NFD", text), **flags),
+        "as typed is NFC": normalize(unicodedata.normalize("NFC", text), **flags) == once,
         "no digits": not flags.get("numbers", True) or not any(c.isdecimal() for c in once),
         "no punctuation": not any(unicodedata.category(c)[0] in "PSZ" and c != " " for c in once),
         "can be written": once.encode("utf-8") is not None,
