@@ -212,30 +212,22 @@ def fine_tune(model: Whisper, train: Clips, s: Settings, title: str, penalty: Sp
             weight.data.mul_(keep)
         phase.step, phase.losses = step + 1, [*phase.losses[-19:], loss]
         finished = phase.step == s.steps
-        if finished and not phase.curvature:
-            phase.curvature = mean_squares(model, optimizer)
+        if finished and not phase.curvature:     # Adam's second moment, bias-corrected: the last 50 steps or so
+            phase.curvature = {name: optimizer.state[p]["exp_avg_sq"] / (1 - 0.98 ** s.steps)
+                               for name, p in model.named_parameters() if p in optimizer.state}
         if finished or time.time() > last_save + SAVE_EVERY:
             state = {"model": model.state_dict(), "optimizer": {} if finished else optimizer.state_dict()}
             write(path, lambda file: torch.save(state | vars(phase), file))
             last_save = time.time()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-    model.eval()
     if start < s.steps:                          # not a phase that --resume found finished: it has been reported
         say(s, f"{title:<18}{s.steps:>6} steps at lr {s.lr:.1e}: loss {np.mean(phase.losses):.3f} nats a token, "
                f"{time.time() - started:.0f} s")
     return phase
 
 
-def mean_squares(model: Whisper, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Adam's second moment (bias-corrected): squared gradients of whole steps, clipped, over the last 50 or so."""
-    beta = optimizer.param_groups[0]["betas"][1]
-    return {name: optimizer.state[p]["exp_avg_sq"] / (1 - beta ** float(optimizer.state[p]["step"]))
-            for name, p in model.named_parameters() if p in optimizer.state}
-
-
-@torch.no_grad()
 def running_mean_(squares: dict[str, torch.Tensor], model: Whisper, step: int) -> None:
-    """The same without Adam, where a penalty is about to join the gradient: its own square would hide the loss's."""
+    """Adam's second moment, where a penalty is about to join the gradient: its own square would hide the loss's."""
     for name, p in model.named_parameters():
         if p.grad is not None:
             h = squares.get(name, torch.zeros_like(p)).to(p.device)    # --resume has read it onto the CPU
@@ -256,7 +248,6 @@ def steps_of(train: Clips, s: Settings, first: int) -> tuple:
 
 def backward(model: Whisper, loader, n_targets: int, s: Settings) -> float:
     """The gradient of a step's mean loss over its n_targets tokens, clipped to norm 1, in .grad; the loss in nats."""
-    model.train()
     model.zero_grad()
     loss = torch.zeros((), dtype=torch.float64, device=s.device)
     for _ in range(s.accumulate):
@@ -841,7 +832,7 @@ def load_model(s: Settings) -> Whisper:
     need(s.language == "en" or model.is_multilingual, f"--model {s.model} knows English alone; take one without .en")
     need(s.language in [*LANGUAGES][:model.num_languages], f"--model {s.model} knows {model.num_languages} languages, "
          f"not --language {s.language}; take large-v3 or turbo, which know {len(LANGUAGES)}, or one made from them")
-    return model.eval()
+    return model
 
 
 def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
@@ -858,7 +849,7 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     model.zero_grad()
     length, few, started = round(np.mean(n_targets) / size), min(8, len(test)), time.time()
     mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
-    whisper.decode(model.eval(), mels, replace(decoding(model, s), sample_len=length))
+    whisper.decode(model, mels, replace(decoding(model, s), sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
     seconds = steps * step + len(MODELS) * len(test) * (time.time() - started) / few
     memory = flops.training_memory(model, length + train.n_start - 1, s.batch, 2 if s.precision == "bf16" else 4)
