@@ -37,7 +37,6 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import jiwer
@@ -527,33 +526,28 @@ def read_table(table: Path, limit: int = 0) -> list[tuple[int, str, str]]:
     return [(number, fields[path].replace("\\", "/"), fields[sentence].strip()) for number, fields in lines]
 
 
-def find(clips: Path, name: str, listing: dict[str, str]) -> Path:
-    """The file of that name, or one spelled alike: archives and file systems change case and Unicode normalization."""
-    need(name and not os.path.normpath(name).startswith(("..", "/")), f"its path '{name}' must stay inside {clips}")
-    if os.path.exists(clips / name):             # Path.exists raises for a name too long
-        return clips / name
-    alike = lambda name: unicodedata.normalize("NFC", name.casefold())
-    if not listing and clips.is_dir():           # filled once, by the first that is not there
-        listing.update((alike(there), there) for there in os.listdir(clips))
-    return clips / listing.get(alike(name), name)
-
-
 def looked_at(table: Path, tokenizer, window: float, context: int, rows: list) -> list[tuple | str]:
-    """For each row (path, sentence, tokens, why it is left out, if it is), or a text alone: what is wrong with it."""
-    looked, listing, clean = [], {}, normalizer(tokenizer.language or "en")
+    """For each row (path, sentence, tokens, why it is left out, if it is), or a text alone: what is wrong with it. A
+    file may be spelled otherwise than its name: archives and file systems change case and Unicode normalization."""
+    looked, listing, clips, clean = [], {}, table.parent / "clips", normalizer(tokenizer.language or "en")
+    alike = lambda name: unicodedata.normalize("NFC", name.casefold())
     for line, name, text in rows:
         try:
-            path = find(table.parent / "clips", name, listing)
+            inside = name and not os.path.normpath(name).startswith(("..", "/"))
+            need(inside, f"its path '{name}' must stay inside {clips}")
+            path = clips / name
+            if not os.path.exists(path):         # Path.exists raises for a name too long
+                listing = listing or {alike(there.name): there for there in clips.glob("*")}
+                path = listing.get(alike(name), path)
             special = [token for token in tokenizer.special_tokens if token in text] if "<|" in text else []
             need(not special, f"its sentence holds {', '.join(special)}, no text to Whisper; take that out")
             seconds = duration(path)
+            tokens = [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(" " + text), tokenizer.eot]
+            reasons = {"without sound": not seconds, "without text": not any(map(str.isalnum, clean(text))),
+                       f"over {window:g} s": seconds > window, f"over {context} tokens": len(tokens) > context + 1}
+            looked.append((path, text, tokens, next((why for why, true in reasons.items() if true), "")))
         except Stop as stop:
             looked.append(f"{table}, line {line}: {stop}")
-            continue
-        tokens = [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(" " + text), tokenizer.eot]
-        reasons = {"without sound": not seconds, "without text": not any(map(str.isalnum, clean(text))),
-                   f"over {window:g} s": seconds > window, f"over {context} tokens": len(tokens) > context + 1}
-        looked.append((path, text, tokens, next((why for why, true in reasons.items() if true), "")))
     return looked
 
 
@@ -570,7 +564,7 @@ class Clips(Dataset):
         rows = read_table(table, s.limit)
         look = partial(looked_at, table, tokenizer, window, context)
         few = 0 if len(rows) < 2000 else s.workers                     # a process takes as long to start
-        looked = [*chain(*DataLoader(rows, 500, num_workers=few, collate_fn=look))]
+        looked = [row for part in DataLoader(rows, 500, num_workers=few, collate_fn=look) for row in part]
         faults = [row for row in looked if isinstance(row, str)]
         need(not faults, "".join(faults[:1]) + f" ({len(faults):,} of {len(rows):,} rows have a fault)")
         kept, why = [row[:3] for row in looked if not row[3]], Counter(row[3] for row in looked if row[3])
