@@ -66,7 +66,8 @@ def one_encoding(text: str) -> str:
         text = text.translate({ord(char): None for char in rare
                                if unicodedata.category(char) == "Cf" or INVISIBLE.match(char)})
         text = RAISED.sub(r"^\1", text)
-        for typed, meant in zip("´\u1ffdº˚™٪٫ॐ‐‑", ["'", "'", "°", "°", " ", "%", ".", "ओम", "-", "-"]):  # º is no o
+        # NFKC would make an o of º, and of U+1FFD, an acute accent to NFC, a lone mark.
+        for typed, meant in zip("´\u1ffdº˚™٪٫ॐ‐‑", ["'", "'", "°", "°", " ", "%", ".", "ओम", "-", "-"]):
             text = text.replace(typed, meant)
     if len(text) > 4_000:               # unicodedata sorts a run of marks in quadratic time, a sorted one in linear
         def in_order(run: "re.Match[str]") -> str:

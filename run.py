@@ -826,7 +826,7 @@ def load_model(s: Settings) -> Whisper:
     need(s.language == "en" or model.is_multilingual, f"--model {s.model} knows English alone; take one without .en")
     need(s.language in [*LANGUAGES][:model.num_languages], f"--model {s.model} knows {model.num_languages} languages, "
          f"not --language {s.language}; take large-v3 or turbo, which know {len(LANGUAGES)}, or one made from them")
-    return model
+    return model                                 # in either mode, train or eval: Whisper has no dropout
 
 
 def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
