@@ -165,6 +165,7 @@ AREA = re.compile("(?<![a-z\u0900-\u0963])([ck]?m|(?:कि|से)?मी)\\^([
 NUMBER = re.compile(rf"([0-9]+(?:[,.:/][0-9]+)*)(?: ?(%|°(?: ?[cf](?![{W}]))?)|( ?बजे)(?![{W}])"
                     rf"|(?:[ –-]?(व[ाीे][ँं]|वी|[रठ][ाीे])|[–-]?(व[ाे]|[लथ][ाीे]))(?![{W}]))?")
 CLOCK = re.compile("([01]?[0-9]|2[0-4])[:.]([0-5][0-9])")
+FIRST_CLOCK = re.compile(f"(?<![0-9,.:/])({CLOCK.pattern})(?=(?: ?[–-] ?| से )(?:{CLOCK.pattern}) ?बजे(?![{W}]))")
 GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}")
 
 def cardinal(n: int) -> str:
@@ -207,7 +208,8 @@ def _number(match: "re.Match[str]") -> str:
     return f" {words} "
 
 def _telephone(match: "re.Match[str]") -> str:
-    """Digit by digit if it is dialled: 10 to 13 of them in groups that are no date, years or range of round sums."""
+    """Digit by digit if it is dialled: 10 to 13 of them that begin with +, or whose later groups have three and more
+    each and whose first begins with 0, or with 6 to 9, or stands before five, unless a round sum makes it a range."""
     first, *rest = groups = re.findall("[0-9]+", match[0])
     no_range = not re.search("000(?![0-9])|0-[0-9]*0$", match[0]) and (first[0] in "6789" or max(map(len, rest)) > 4)
     if not (match[0][0] == "+" or min(map(len, rest)) > 2 and (first[0] == "0" or no_range)):
@@ -233,6 +235,7 @@ def numbers_in_words(text: str) -> str:
     text = PLUS_MINUS.sub(lambda m: "प्लस " if m[1] == "+" else "ऋण ", text)
     text = PRICE_BEFORE.sub(lambda m: f"{m[2] or ''}{m[3]} {CURRENCIES.get(m[1], 'रुपये')} ", text)
     text = PRICE_AFTER.sub(lambda m: f"{m[1]} {CURRENCIES.get(m[2], 'रुपये')} ", text)
+    text = FIRST_CLOCK.sub(lambda m: m[1].replace(".", ":"), text) if "बजे" in text else text        # 9.30-10.30 बजे
     return NUMBER.sub(_number, text)
 
 # ------------------------------------------------------------------ 3. punctuation: a space, never nothing
