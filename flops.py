@@ -65,8 +65,7 @@ def encoder(model: Whisper) -> int:
 def decoder(model: Whisper, n_tokens: int) -> int:
     """FLOPs of one teacher-forced decoder pass, logits at all n_tokens positions; the encoder is not included.
 
-    ValueError if model is not a Whisper or n_tokens is not an integer in 1..n_text_ctx.
-    """
+    ValueError if model is not a Whisper or n_tokens is not an integer in 1..n_text_ctx."""
     _check_tokens(model, n_tokens)
     return _decoder(model, n_tokens, pairs=n_tokens * n_tokens)
 
@@ -78,8 +77,7 @@ def greedy(model: Whisper, n_prompt: int, n_new: int) -> int:
     token is never fed back). The pass at position t attends to t keys; cross-attention projects the S audio
     positions once; logits are computed at every position, the prompt's too, as whisper does.
 
-    ValueError if model is not a Whisper, a count is not an integer >= 1, or n_prompt + n_new - 1 > n_text_ctx.
-    """
+    ValueError if model is not a Whisper, a count is not an integer >= 1, or n_prompt + n_new - 1 > n_text_ctx."""
     n = _check_greedy(model, n_prompt, n_new)
     return _decoder(model, n, pairs=n_prompt * n_prompt + sum(range(n_prompt + 1, n + 1)))
 
@@ -89,8 +87,7 @@ def training(model: Whisper, n_tokens: int) -> int:
 
     Each product Y = X W has two of the same size in its backward pass, for dX and dW, hence 3 * forward; conv1
     has no dX, as the mel wants no gradient. Fused attention would compute its scores once more, which is not
-    counted. ValueError as for decoder.
-    """
+    counted. ValueError as for decoder."""
     conv1 = 2 * 2 * _audio_positions(model) * model.encoder.conv1.weight.numel()        # 12 S M d
     return 3 * (encoder(model) + decoder(model, n_tokens)) - conv1
 
@@ -124,8 +121,7 @@ def parameters(model: Whisper) -> dict[str, int | None]:
     total = encoder + decoder + embedding; embedding is the token embedding (stored once, also the output
     matrix), decoder the rest of the decoder. blocks = encoder_blocks + decoder_blocks is what pruning can
     reach. "nonzero" belongs to total, "encoder_nonzero" to encoder, and so on; on the meta device, where there
-    are no values, they are None. Buffers are not parameters. ValueError if model is not a Whisper.
-    """
+    are no values, they are None. Buffers are not parameters. ValueError if model is not a Whisper."""
     _audio_positions(model)
     tokens = model.decoder.token_embedding.weight
     parts = {"total": list(model.parameters()), "encoder": list(model.encoder.parameters()), "embedding": [tokens],
@@ -148,8 +144,7 @@ def sparse_storage(module: nn.Module, bytes_per_value: int) -> dict[str, int]:
     bitmask  nonzeros * value + 1 bit per entry: smaller past 3.1% zeros at 4 bytes, past 6.3% at 2;
              for files, as PyTorch has no kernel that multiplies it
 
-    Biases, norms and convolutions stay dense. ValueError for an unknown byte width or a meta device's module.
-    """
+    Biases, norms and convolutions stay dense. ValueError for an unknown byte width or a meta device's module."""
     _check_bytes(bytes_per_value)
     sizes = {"dense": 0, "csr": 0, "bitmask": 0}
     for weight in module.parameters():
@@ -178,8 +173,7 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
                       PyTorch on CPU, at about a tenth more, where query/key and value widths differ
 
     Left out: buffers, the kernels' own workspace, vectors of a single position. ValueError if model is not a
-    Whisper, for other widths, n_tokens outside 1..n_text_ctx, n_prompt outside 1..n_tokens, batch < 1.
-    """
+    Whisper, for other widths, n_tokens outside 1..n_text_ctx, n_prompt outside 1..n_tokens, batch < 1."""
     _check_tokens(model, n_tokens)
     _check_bytes(bytes_per_value)
     _check_count("batch", batch)
@@ -192,6 +186,10 @@ def memory(model: Whisper, n_tokens: int, bytes_per_value: int, batch: int = 1,
     step = max(n_prompt * logits - (n_tokens - n_prompt) * text,        # the prompt: before the cache has grown
                logits,                                                  # the last step
                *(b * n_tokens * len(block.attn.value.weight) for block in blocks))     # torch.cat: old and new
+    later = (n_tokens - n_prompt) * text         # of the cache, when cross-attention selects its inputs (an index)
+    for layer in (part for block in reversed(blocks) for part in (block.cross_attn.value, block.cross_attn.key)):
+        step = max(step, b * S * len(getattr(layer, "index", ())) - later)
+        later += b * S * len(layer.weight)
     # Unfused: key * scale, with a batch copied to fold batch and heads; or the prompt's scores beside six of its x.
     scaled = (1 if batch == 1 else 2) * b * S * max(len(block.cross_attn.key.weight) for block in blocks)
     prompt = n_prompt * (max(x.cross_attn.n_head for x in blocks) * S * (8 if b == 4 else 8 + b) + 6 * features // S)
@@ -212,28 +210,34 @@ def training_memory(model: Whisper, n_tokens: int, batch: int = 1, bytes_per_val
 
     Of a block with n positions, n (4 d + 2 query/key + 2 value + 2 f) values: input and result of both LayerNorms,
     query, key, value, their mixture (attention fused), the hidden layer before and after GELU; cross-attention
-    likewise. checkpointing keeps every block's input, and one block at a time in full. Logits are those of the rows
-    there are (`kept_logits` after prune.vocabulary_). ValueError as for memory.
-    """
+    likewise. Layers with an `index` keep what they select. checkpointing keeps every block's input, and one block in
+    full. Logits are those of the rows there are (after prune.vocabulary_). ValueError as for memory."""
     _check_tokens(model, n_tokens)
     _check_bytes(bytes_per_value)
     _check_count("batch", batch)
     S, T, d = _audio_positions(model), n_tokens, len(model.encoder.conv2.weight)
 
+    def read(n: int, width: int, *layers: nn.Linear) -> int:
+        """Of an input that these layers read: all of it, unless each has an index, and what each index selects."""
+        parts = [len(layer.index) for layer in layers if hasattr(layer, "index")]
+        return n * (width * (len(parts) < len(layers)) + sum(parts))
+
     def kept(block: ResidualAttentionBlock, n: int) -> int:
-        f, q, v = (len(layer.weight) for layer in (block.mlp[0], block.attn.query, block.attn.value))
-        total = n * (4 * d + 2 * (f + q + v))
-        if block.cross_attn is not None:
-            q, v = len(block.cross_attn.query.weight), len(block.cross_attn.value.weight)
-            total += n * (2 * d + q + v) + S * (q + v)
-        return total
+        attn, cross, first = block.attn, block.cross_attn, block.mlp[0]
+        total = 2 * n * (d + len(first.weight)) + read(n, d, first) + read(n, d, attn.query, attn.key, attn.value)
+        if cross is not None:
+            total += n * d + read(n, d, cross.query) + read(S, 0, cross.key, cross.value)
+        return total + sum((n + n_key) * (len(part.query.weight) + len(part.value.weight))
+                           for part, n_key in ((attn, n), (cross, S)) if part is not None)
 
     sizes = [(kept(block, n), n * d) for net, n in ((model.encoder, S), (model.decoder, T)) for block in net.blocks]
     values = sum(full for full, _ in sizes)
     if checkpointing:
         values = sum(entry for _, entry in sizes) + max(full for full, _ in sizes)
     values += 2 * S * model.encoder.conv1.weight.shape[1] + 5 * S * d       # mel, convolutions
-    values += 2 * S * d + 2 * T * d                                         # the last LayerNorms
+    features = [layer for block in model.decoder.blocks for layer in (block.cross_attn.key, block.cross_attn.value)]
+    features = S * d if checkpointing else read(S, d, *features) - read(S, 0, *features)
+    values += S * d + features + 2 * T * d                                  # the last LayerNorms
     copy = bytes_per_value if bytes_per_value < 4 else 0
     weights = sum((16 if p.requires_grad else 4) * p.numel() + copy * p.numel() for p in model.parameters())
     logits = T * len(model.decoder.token_embedding.weight) * 4              # their log-softmax
@@ -253,8 +257,7 @@ def _block_peak(block: ResidualAttentionBlock, S: int, b: int, path: str) -> int
     norm          the caller's x, x, LayerNorm's result and, if b != 4, float32 copies going in and out
     attention     x, its norm, query, key, value, their mixture, out's result. Unfused: two of the mixture
                   (as heads, as rows), scores and softmax in float32 and, if b != 4, the softmax in b bytes
-    feed-forward  the caller's x, x, its norm, the hidden layer, and its GELU or the second matrix's result
-    """
+    feed-forward  the caller's x, x, its norm, the hidden layer, and its GELU or the second matrix's result"""
     attn, f, d = block.attn, len(block.mlp[0].weight), len(block.mlp[2].weight)
     qk, v = len(attn.query.weight), len(attn.value.weight)
     cast = 0 if b == 4 else b
@@ -279,8 +282,7 @@ def measure(models: Whisper | list[Whisper], mel: Tensor, n_prompt: int = 4, n_n
              child with one thread (Linux only), elsewhere None
              device, threads, batch
 
-    ValueError for a model that is not a Whisper or holds no values, a mel that does not fit, a count < 1.
-    """
+    ValueError for a model that is not a Whisper or holds no values, a mel that does not fit, a count < 1."""
     group = list(models) if isinstance(models, (list, tuple)) else [models]
     _check_count("repeats", repeats)
     for model in group:
@@ -346,8 +348,7 @@ def _high_water(call: Callable, send) -> None:
     The heap would hide allocations in holes: those the parent left, those its garbage leaves when collected, and
     those of buffers that the kernels trade for others when call() runs first. So garbage goes now, and holes are
     filled, before that first time and after, with blocks that are never touched (not resident); every later block
-    of a page or more is a mapping, gone when it is freed.
-    """
+    of a page or more is a mapping, gone when it is freed."""
     torch.set_num_threads(1)                            # OpenMP's threads do not survive a fork
     gc.collect()
     gc.disable()
@@ -380,8 +381,7 @@ def table(models: dict[str, Whisper], n_prompt: int = 4, n_new: int = 24) -> str
 
     "removed" is parameters that are gone, "zeros" the share of those left that is zero. The decoder's FLOPs
     are greedy(model, n_prompt, n_new) less the logits, which are the embedding's. MB is 10^6 bytes, float32;
-    peak is beside the weights. ValueError as for greedy, or if a model is on the meta device.
-    """
+    peak is beside the weights. ValueError as for greedy, or if a model is on the meta device."""
     lines, first = [f"{'':12}{'parameters':>15}{'removed':>10}{'zeros':>9}{'GFLOPs':>14}{'change':>10}"], None
     for name, model in models.items():
         n = _check_greedy(model, n_prompt, n_new)
