@@ -698,13 +698,13 @@ def start_folder(s: Settings, model: Whisper) -> None:
 
 EMBEDDED = {"nano": ROOT / "tests/data/nano.pt", "mini_hi": ROOT / "tests/data/mini_hi"}
 
-# By width of the model. nano's row was chosen on its dev clips (rate and steps on test too), base's importance and
-# cuts on so762's (README); rate and steps of base fit an hour of speech. The others have not been run: rates scaled
-# from base's by the highest rates in pre-training (Radford et al. 2022, appendix F), steps and clips as fine-tuning
-# on Common Voice usually takes them.
+# By width of the model. nano's row was chosen on dev clips of an earlier nano (rate and steps on test too), with less
+# recovery now, so that it takes five minutes; base's importance and cuts on so762's (README), its rate and steps fit
+# an hour of speech. The others have not been run: rates scaled from base's by the highest rates in pre-training
+# (Radford et al. 2022, appendix F), steps and clips as fine-tuning on Common Voice usually takes them.
 OTHERS = {"lr": 1e-5, "steps": 2000, "batch": 16, "importance": "curvature", "penalty": "none", "vocabulary": "full",
           "target": 0.35, "cuts": 1, "turn_above": 0.5}       # base, 65% less: WER 27% with heads turned, 36% without
-RECIPES = {128: {"lr": 5e-4, "steps": 300, "recovery_steps": 700, "batch": 8, "vocabulary": "data", "target": 0.5,
+RECIPES = {128: {"lr": 5e-4, "steps": 300, "recovery_steps": 450, "batch": 8, "vocabulary": "data", "target": 0.5,
                  "cuts": 6, "turn_above": 0, "workers": 0, "precision": "fp32"},
            384: {"lr": 3.75e-5}, 512: {"lr": 2.5e-5, "steps": 250, "batch": 8}, 768: {"lr": 1.25e-5},
            1024: {"lr": 6.25e-6}, 1280: {"lr": 4.375e-6}}
@@ -727,7 +727,7 @@ class Settings:
     vocabulary: str = flag(None, "full: all; letters: what train's letters can write; data: train's tokens (nano)",
                            "full", "letters", "data")
     steps: int = flag(None, "first phase, before pruning: more let the weights settle")
-    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps; nano 700)")
+    recovery_steps: int = flag(None, "second phase, after pruning: more win back more WER (as --steps; nano 450)")
     batch: int = flag(None, "clips a step and process")
     accumulate: int = flag(1, "batches a step: 4 batches of 4 take the memory of 4 clips and give the step of 16")
     lr: float = flag(None, "highest learning rate of both phases")
@@ -839,13 +839,15 @@ def announce(model: Whisper, clips: dict[str, Clips], s: Settings) -> None:
     train, test, size = clips["train"], clips[s.split], s.batch * s.accumulate * WORLD
     loader, n_targets = steps_of(train, replace(s, steps=3), 0)
     loader = iter([*loader])                     # audio is read ahead, or once for all steps: no part of a step's time
-    step = min(timeit.repeat(lambda: backward(model, loader, n_targets[0], s), number=1, repeat=3))
+    step = np.median(timeit.repeat(lambda: backward(model, loader, n_targets[0], s), number=1, repeat=3))
     model.zero_grad()
     length, few, started = round(np.mean(n_targets) / size), min(8, len(test)), time.time()
     mels = torch.stack([test.mel(i) for i in range(few)]).to(s.device)
     whisper.decode(model, mels, replace(decoding(model, s), sample_len=length))
     steps = (1 + (s.penalty != "none")) * s.steps + 3 * s.recovery_steps
-    seconds = steps * step + len(MODELS) * len(test) * (time.time() - started) / few
+    seen = s.cuts * min(CALIBRATION, len(train)) if s.importance == "curvature" else 0
+    fits = seen / (s.batch * s.accumulate) * step          # refit_ takes about as long as training on its clips
+    seconds = steps * step + fits + len(MODELS) * len(test) * (time.time() - started) / few
     memory = flops.training_memory(model, length + train.n_start - 1, s.batch, 2 if s.precision == "bf16" else 4)
     weights, width = 4 * sum(p.numel() for p in model.parameters()), model.dims.n_audio_state
     streams = 16 * width * (model.dims.n_audio_ctx + length) + 8 * model.dims.n_mels * model.dims.n_audio_ctx
