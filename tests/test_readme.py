@@ -159,7 +159,7 @@ def test_stock_checkpoint(tmp_path, monkeypatch):
     with torch.no_grad():
         a, b = small(mel, text), stock(mel, text)
     kept = small.decoder.kept_ids
-    assert torch.allclose(a[..., kept], b[..., kept], atol=1e-4)
+    assert torch.allclose(a[..., kept], b[..., kept], rtol=0, atol=1e-4 * a[..., kept].abs().max().item())
     gone = torch.ones(b.shape[-1], dtype=torch.bool).index_fill_(0, kept, False)
     assert (b[..., gone].amax(-1) < b[..., kept].amin(-1)).all()
 
@@ -178,4 +178,5 @@ def test_onnx(tmp_path, monkeypatch):
         with torch.no_grad():
             said = model(mel, torch.tensor(text))[..., model.decoder.kept_ids]
         logits = run("decoder.onnx", torch.tensor(text).numpy(), run("encoder.onnx", mel.numpy()))
-        assert torch.allclose(torch.from_numpy(logits)[..., model.decoder.kept_ids], said, atol=1e-3)
+        logits = torch.from_numpy(logits)[..., model.decoder.kept_ids]
+        assert torch.allclose(logits, said, rtol=0, atol=1e-4 * said.abs().max().item())
