@@ -138,11 +138,12 @@ def test_vocabulary_of_letters(sentences, other, foreign):
 
 
 def small_run(tmp_path: Path, *flags: str) -> tuple:
-    """The toy, its settings with a folder for states, and a few train clips."""
+    """The toy as run prepares it, its settings with a folder for states, and a few train clips."""
     model = prune.load(run.EMBEDDED["toy"])
     (tmp_path / "state").mkdir(parents=True)
     s = run.completed(run.settings([*flags, "--out", str(tmp_path)]), model)
-    return model, s, run.Clips(model, "train", run.Settings(limit=12))
+    clips = run.Clips(model, "train", run.Settings(limit=12))
+    return run.prepared(model, clips, s), s, clips
 
 
 def test_curvature_is_the_mean_squared_gradient(tmp_path, monkeypatch):
@@ -151,7 +152,8 @@ def test_curvature_is_the_mean_squared_gradient(tmp_path, monkeypatch):
     model, s, clips = small_run(tmp_path, "--steps", "3", "--batch", "2")
     gradients, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (
-        gradients.append({name: p.grad.double().clone() for name, p in model.named_parameters()}), step(self, *a)))
+        gradients.append({name: p.grad.double().clone() for name, p in model.named_parameters() if p.requires_grad}),
+        step(self, *a)))
     phase = run.fine_tune(model, clips, s, "test")
     assert phase.curvature.keys() == gradients[0].keys() and phase.step == 3
     for name, found in phase.curvature.items():
@@ -785,7 +787,7 @@ def test_a_sentence_may_fill_the_context(tmp_path, capsys, monkeypatch):
         cells[head.split("\t").index("sentence")] = text
         (folder / f"{split}.tsv").write_text(f"{head}\n" + "\t".join(cells) + "\n", encoding="utf8")
     monkeypatch.setattr(run, "fine_tune", lambda *_, **__: run.need(False, "far enough"))
-    assert run.main(["--data", str(folder), "--vocabulary", "full", "--out", str(tmp_path / "out")]) == 2
+    assert run.main([*QUICK, "--data", str(folder), "--vocabulary", "full", "--out", str(tmp_path / "out")]) == 2
     assert "far enough" in capsys.readouterr().err
 
 
