@@ -192,8 +192,8 @@ def test_linear_time(unit):
         for text in texts:
             normalize(text)
         return time.process_time() - start
-    short = min(seconds(5_000) for _ in range(3))
-    assert seconds(40_000) < 25 * short + 0.05
+    short = min(seconds(2_500) for _ in range(3))
+    assert seconds(20_000) < 25 * short + 0.05
 
 
 def test_a_megabyte_without_a_space():

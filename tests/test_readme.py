@@ -1,7 +1,5 @@
 """README.md and that of the records: their tables are made from the stored results, the Python blocks run."""
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +19,10 @@ def between(mark: str) -> str:
     return re.search(f"<!-- {mark} -->(.*)<!-- /{mark} -->", README + RECORDS, re.S)[1].strip()
 
 
-def test_tables_are_those_of_the_stored_results():
+def test_tables_are_those_of_the_stored_results(capsys):
     """Word for word what run.py --study prints."""
-    printed = subprocess.run([sys.executable, "run.py", "--study", "--from", "tests/data/real"], cwd=ROOT, text=True,
-                             capture_output=True).stdout
-    assert printed.strip() == "\n\n".join(map(between, real.TABLES))
+    real.main(["--from", str(ROOT / "tests/data/real")])
+    assert capsys.readouterr().out.strip() == "\n\n".join(map(between, real.TABLES))
 
 
 def test_study_of_what_it_does_not_know(capfd, tmp_path):
