@@ -1,5 +1,6 @@
 """run.py: the data it reads, the numbers it reports, the whole run with a handful of steps, and bad input."""
 import copy
+import importlib
 import json
 import os
 import random
@@ -8,9 +9,8 @@ import resource
 import shlex
 import signal
 import socket
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -622,20 +622,24 @@ def keep_curvature() -> None:
 
 
 def test_two_processes_are_one_with_the_doubled_batch(toy, tmp_path):
-    """torchrun with two gloo processes of 4 clips ends with the weights and curvature of one process with 8, and its
-    report. Heads as they are: where they are turned, rounding alone may choose another axis of as much use."""
+    """Two gloo processes of 4 clips, told by torchrun's variables who they are, end with the weights and curvature of
+    one process with 8, and its report. Heads as they are: where they are turned, rounding alone may choose another
+    axis of as much use."""
     flags = [*GENTLE, "--model", str(toy), "--importance", "curvature", "--penalty", "loss", "--turn-above", "1"]
-    (tmp_path / "both.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                                      "import run\nimport test_run\n"
-                                      "run.CALIBRATION, run.announce = 40, lambda *_: None\n"
-                                      "run.flops.measure = test_run.unmeasured\n"
-                                      "test_run.keep_curvature()\nsys.exit(run.main(sys.argv[1:]))\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                str(tmp_path / "both.py")]
-    with subprocess.Popen([*torchrun, *flags, "--batch", "4", "--out", str(tmp_path / "two")], cwd=ROOT,
-                          stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as two:
-        one = in_child([*flags, "--batch", "8", "--out", str(tmp_path / "one")], keep_curvature)
-        assert ended(one) == two.wait(200) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def joined(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+        importlib.reload(run)                    # reads them
+        run.CALIBRATION, run.announce = 40, lambda *_: None
+        keep_curvature()
+    of_two = [*flags, "--batch", "4", "--out", str(tmp_path / "two")]
+    two = [in_child(of_two, partial(joined, rank)) for rank in (0, 1)]
+    one = in_child([*flags, "--batch", "8", "--out", str(tmp_path / "one")], keep_curvature)
+    assert [*map(ended, (*two, one))] == [0, 0, 0]
     for name, apart, flipped in (("dense", 1e-5, 0), ("tspar", 1e-4, 10)):         # refit_ solves parts of it anew
         one, two = weights(tmp_path / "one" / f"{name}.pt"), weights(tmp_path / "two" / f"{name}.pt")
         more = sum(((one[key] - two[key]).abs() > apart).sum().item() for key in one)
